@@ -344,7 +344,7 @@ class Module:
                                         partial_acc[partial_start + vs, vtile * 16 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32, shared_start: T.int32, shared_step: T.int32, num_shared: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
@@ -354,7 +354,8 @@ class Module:
                 vstep = T.axis.opaque(num_partials, step)
                 T.reads()
                 T.writes()
-                slot: T.let[T.int32] = partial_start + vstep
+                own: T.let[T.int32] = partial_start + (vstep - num_shared) * partial_step
+                slot: T.let[T.int32] = T.Select(vstep < num_shared, shared_start + vstep * shared_step, own)
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
                     T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
@@ -420,10 +421,10 @@ class Module:
                                 with T.init():
                                     acc[vi, vr, vd] = T.float32(0.0)
                                 acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
-        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
+        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", num_keys - 1)) >> 23) - 125, 0)
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
+            T.writes(out[token, 0:16, 0:128], lse[token, 0:16])
             factor = T.sblock_alloc_buffer((16,))
             for r in range(16):
                 with T.sblock("factor"):
@@ -436,11 +437,11 @@ class Module:
                 with T.sblock("out"):
                     vr, vd = T.axis.remap("SS", [r, d])
                     T.reads(acc[0, vr, vd], factor[vr])
-                    T.writes(out[seq, vr, vd])
-                    out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
+                    T.writes(out[token, vr, vd])
+                    out[token, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
             for r in range(16):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(16, r)
                     T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))
+                    T.writes(lse[token, vr])
+                    lse[token, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))

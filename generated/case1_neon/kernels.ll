@@ -5162,95 +5162,103 @@ target triple = "aarch64-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 16
-  %context_lens.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %context_lens.type_index, 70
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_max.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_max.type_index, 70
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_sum.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %partial_acc.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %partial_acc.type_index, 70
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %out.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %out.type_index, 70
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %out.handle.idx = select i1 %16, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
-  %lse.type_index = load i32, ptr %19, align 8
-  %20 = icmp eq i32 %lse.type_index, 70
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %22 = load ptr, ptr %21, align 8
-  %lse.handle.idx = select i1 %20, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
   %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_partials.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %35, align 4
+  %36 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %37, align 8
+  %38 = icmp eq ptr %merge_partials.out_strides, null
+  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %40 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %38, ptr %39, ptr %40
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then19, label %if_else20
+  br i1 %38, label %if_then16, label %if_else17
 
-if_then19:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
+if_then16:                                        ; preds = %entry
+  %41 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %42 = load i64, ptr %41, align 8
+  %43 = load i64, ptr %39, align 8
+  %44 = mul nsw i64 %43, %42
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %45 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %44, %if_then16 ], [ %45, %if_else17 ]
+  %46 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %46, align 8
+  %47 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %47, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %48 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %48, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
   br label %if_end21
 
-if_else20:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %41, label %if_then22, label %if_end24
-
-if_then22:                                        ; preds = %if_end21
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
-  br label %if_end24
-
-if_end24:                                         ; preds = %if_then22, %if_end21
-  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %49, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %context_lens = load ptr, ptr %context_lens.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %num_shared = trunc i64 %34 to i32
+  %shared_step = trunc i64 %32 to i32
+  %shared_start = trunc i64 %30 to i32
+  %num_partials = trunc i64 %28 to i32
+  %partial_step = trunc i64 %26 to i32
+  %partial_start = trunc i64 %24 to i32
+  %num_keys = trunc i64 %22 to i32
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -5262,855 +5270,852 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %51 = icmp eq ptr %acc.i, null
+  br i1 %51, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
-for_begin_step.preheader.i:                       ; preds = %if_end24
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %52 = icmp sgt i32 %num_partials, 0
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %26, 32
-  %47 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
-  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
-  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
-  %49 = icmp eq i64 %indvars.iv66.i, 0
-  %50 = insertelement <16 x i1> poison, i1 %49, i64 0
-  %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
-  %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv66.i, %47
-  %53 = shl nsw i64 %52, 4
-  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
-  %56 = fcmp ogt <16 x float> %old_max.i, %55
-  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <16 x float>, ptr %57, align 4, !tbaa !8
-  %59 = fcmp oeq <16 x float> %58, zeroinitializer
-  %60 = select <16 x i1> %59, <16 x i1> splat (i1 true), <16 x i1> %56
-  %old_or_both.i = select <16 x i1> %60, <16 x float> %old_max.i, <16 x float> %55
-  %61 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %61, <16 x float> %55, <16 x float> %old_or_both.i
-  %62 = fsub <16 x float> %old_max.i, %m.i
-  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %64 = bitcast <16 x float> %63 to <16 x i32>
-  %65 = fadd <16 x float> %63, splat (float 0xC168000FE0000000)
-  %66 = fmul <16 x float> %65, splat (float 0x3F2BD01060000000)
-  %67 = fmul <16 x float> %65, splat (float 0x3FE6300000000000)
-  %68 = fsub <16 x float> %62, %67
-  %69 = fadd <16 x float> %66, %68
-  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %69, <16 x float> splat (float 0x3FA5558F20000000))
-  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> %69, <16 x float> splat (float 0x3FC5554920000000))
-  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %69, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %74 = fmul <16 x float> %69, %69
-  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %74, <16 x float> %69)
-  %76 = shl <16 x i32> %64, splat (i32 23)
-  %77 = bitcast <16 x i32> %76 to <16 x float>
-  %78 = fadd <16 x float> %75, splat (float 1.000000e+00)
-  %79 = fmul <16 x float> %78, %77
-  %80 = fcmp olt <16 x float> %62, splat (float -8.700000e+01)
-  %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
-  %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  %arg2.i = fsub <16 x float> %55, %m.i
-  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %85 = bitcast <16 x float> %84 to <16 x i32>
-  %86 = fadd <16 x float> %84, splat (float 0xC168000FE0000000)
-  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <16 x float> %arg2.i, %88
-  %90 = fadd <16 x float> %87, %89
-  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3FA5558F20000000))
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FC5554920000000))
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %95 = fmul <16 x float> %90, %90
-  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %95, <16 x float> %90)
-  %97 = shl <16 x i32> %85, splat (i32 23)
-  %98 = bitcast <16 x i32> %97 to <16 x float>
-  %99 = fadd <16 x float> %96, splat (float 1.000000e+00)
-  %100 = fmul <16 x float> %99, %98
-  %101 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
-  %103 = fcmp one <16 x float> %58, zeroinitializer
-  %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  %105 = fmul <16 x float> %old_sum.i, %83
-  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
-  %.idx.i = shl nsw i64 %52, 13
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %108 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> zeroinitializer
-  %109 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> zeroinitializer
-  br i1 %49, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %334, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <16 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <16 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %54 = sub nsw i32 %step46.i, %num_shared
+  %55 = mul nsw i32 %54, %partial_step
+  %56 = add nsw i32 %55, %partial_start
+  %57 = mul nsw i32 %step46.i, %shared_step
+  %58 = add nsw i32 %57, %shared_start
+  %59 = icmp slt i32 %step46.i, %num_shared
+  %60 = icmp eq i32 %step46.i, 0
+  %61 = insertelement <16 x i1> poison, i1 %60, i64 0
+  %62 = shufflevector <16 x i1> %61, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %62, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %53
+  %old_sum.i = select <16 x i1> %62, <16 x float> zeroinitializer, <16 x float> %total4145.i
+  %63 = select i1 %59, i32 %58, i32 %56
+  %64 = sext i32 %63 to i64
+  %65 = shl nsw i64 %64, 4
+  %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
+  %67 = load <16 x float>, ptr %66, align 4, !tbaa !8
+  %68 = fcmp ogt <16 x float> %old_max.i, %67
+  %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
+  %70 = load <16 x float>, ptr %69, align 4, !tbaa !8
+  %71 = fcmp oeq <16 x float> %70, zeroinitializer
+  %72 = select <16 x i1> %71, <16 x i1> splat (i1 true), <16 x i1> %68
+  %old_or_both.i = select <16 x i1> %72, <16 x float> %old_max.i, <16 x float> %67
+  %73 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %73, <16 x float> %67, <16 x float> %old_or_both.i
+  %74 = fsub <16 x float> %old_max.i, %m.i
+  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <16 x float> %75 to <16 x i32>
+  %77 = fadd <16 x float> %75, splat (float 0xC168000FE0000000)
+  %78 = fmul <16 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <16 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <16 x float> %74, %79
+  %81 = fadd <16 x float> %78, %80
+  %82 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> %81, <16 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %81, <16 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %81, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <16 x float> %81, %81
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %86, <16 x float> %81)
+  %88 = shl <16 x i32> %76, splat (i32 23)
+  %89 = bitcast <16 x i32> %88 to <16 x float>
+  %90 = fadd <16 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <16 x float> %90, %89
+  %92 = fcmp olt <16 x float> %74, splat (float -8.700000e+01)
+  %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
+  %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  %arg2.i = fsub <16 x float> %67, %m.i
+  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %97 = bitcast <16 x float> %96 to <16 x i32>
+  %98 = fadd <16 x float> %96, splat (float 0xC168000FE0000000)
+  %99 = fmul <16 x float> %98, splat (float 0x3F2BD01060000000)
+  %100 = fmul <16 x float> %98, splat (float 0x3FE6300000000000)
+  %101 = fsub <16 x float> %arg2.i, %100
+  %102 = fadd <16 x float> %99, %101
+  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %102, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %102, <16 x float> splat (float 0x3FA5558F20000000))
+  %105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %102, <16 x float> splat (float 0x3FC5554920000000))
+  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %102, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %107 = fmul <16 x float> %102, %102
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %107, <16 x float> %102)
+  %109 = shl <16 x i32> %97, splat (i32 23)
+  %110 = bitcast <16 x i32> %109 to <16 x float>
+  %111 = fadd <16 x float> %108, splat (float 1.000000e+00)
+  %112 = fmul <16 x float> %111, %110
+  %113 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %114 = select <16 x i1> %113, <16 x float> zeroinitializer, <16 x float> %112
+  %115 = fcmp one <16 x float> %70, zeroinitializer
+  %116 = select <16 x i1> %115, <16 x float> %114, <16 x float> zeroinitializer
+  %117 = fmul <16 x float> %old_sum.i, %95
+  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %117)
+  %.idx.i = shl nsw i64 %64, 13
+  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %120 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> zeroinitializer
+  %121 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> zeroinitializer
+  br i1 %60, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
 
 for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
-  %110 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %111 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %112 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %113 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %114 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %115 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %116 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %117 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %118 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %119 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %120 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %121 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %122 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %123 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %124 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %125 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %126 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %127 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %128 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %129 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %130 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %131 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %132 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %133 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %134 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %135 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %136 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %137 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %138 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %139 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %122 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %123 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %124 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %125 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %126 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %127 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %128 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %129 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %130 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %131 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %132 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %133 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %134 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %135 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %136 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %137 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %138 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %139 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %140 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %141 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %142 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %143 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %144 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %145 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %146 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %147 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %148 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %149 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %150 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %151 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
   br label %for_begin_r_0.preheader.i
 
 for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
-  %140 = fmul <4 x float> %109, zeroinitializer
-  %141 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %142 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %143 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %144 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %145 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %146 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %147 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %148 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %149 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %150 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %151 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %152 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %153 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %154 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %155 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %156 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %157 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %158 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %159 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %160 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %161 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %162 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %163 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %164 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %165 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %166 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %167 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %168 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %169 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %170 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %171 = fmul <4 x float> %142, zeroinitializer
-  %172 = fmul <4 x float> %144, zeroinitializer
-  %173 = fmul <4 x float> %146, zeroinitializer
-  %174 = fmul <4 x float> %148, zeroinitializer
-  %175 = fmul <4 x float> %150, zeroinitializer
-  %176 = fmul <4 x float> %152, zeroinitializer
-  %177 = fmul <4 x float> %154, zeroinitializer
-  %178 = fmul <4 x float> %156, zeroinitializer
-  %179 = fmul <4 x float> %158, zeroinitializer
-  %180 = fmul <4 x float> %160, zeroinitializer
-  %181 = fmul <4 x float> %162, zeroinitializer
-  %182 = fmul <4 x float> %164, zeroinitializer
-  %183 = fmul <4 x float> %166, zeroinitializer
-  %184 = fmul <4 x float> %168, zeroinitializer
-  %185 = fmul <4 x float> %170, zeroinitializer
+  %152 = fmul <4 x float> %121, zeroinitializer
+  %153 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %154 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %155 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %156 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %157 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %158 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %159 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %160 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %161 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %162 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %163 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %164 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %165 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %166 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %167 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %168 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %169 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %170 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %171 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %172 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %173 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %174 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %175 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %176 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %177 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %178 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %179 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %180 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %181 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %182 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %183 = fmul <4 x float> %154, zeroinitializer
+  %184 = fmul <4 x float> %156, zeroinitializer
+  %185 = fmul <4 x float> %158, zeroinitializer
+  %186 = fmul <4 x float> %160, zeroinitializer
+  %187 = fmul <4 x float> %162, zeroinitializer
+  %188 = fmul <4 x float> %164, zeroinitializer
+  %189 = fmul <4 x float> %166, zeroinitializer
+  %190 = fmul <4 x float> %168, zeroinitializer
+  %191 = fmul <4 x float> %170, zeroinitializer
+  %192 = fmul <4 x float> %172, zeroinitializer
+  %193 = fmul <4 x float> %174, zeroinitializer
+  %194 = fmul <4 x float> %176, zeroinitializer
+  %195 = fmul <4 x float> %178, zeroinitializer
+  %196 = fmul <4 x float> %180, zeroinitializer
+  %197 = fmul <4 x float> %182, zeroinitializer
   br label %for_begin_r_0.preheader.us.i
 
 for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
   %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
-  %186 = shl nuw nsw i64 %indvars.iv62.i, 2
-  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %186
-  %187 = getelementptr inbounds nuw float, ptr %acc.i, i64 %186
-  store <4 x float> zeroinitializer, ptr %187, align 4, !tbaa !8
-  %188 = load <4 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
-  %189 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %108, <4 x float> %188, <4 x float> %140)
-  store <4 x float> %189, ptr %187, align 4, !tbaa !8
-  %190 = getelementptr inbounds nuw i8, ptr %187, i64 512
-  store <4 x float> zeroinitializer, ptr %190, align 4, !tbaa !8
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
-  %191 = load <4 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %192 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %141, <4 x float> %191, <4 x float> %171)
-  store <4 x float> %192, ptr %190, align 4, !tbaa !8
-  %193 = getelementptr inbounds nuw i8, ptr %187, i64 1024
-  store <4 x float> zeroinitializer, ptr %193, align 4, !tbaa !8
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
-  %194 = load <4 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %195 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %143, <4 x float> %194, <4 x float> %172)
-  store <4 x float> %195, ptr %193, align 4, !tbaa !8
-  %196 = getelementptr inbounds nuw i8, ptr %187, i64 1536
-  store <4 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
-  %197 = load <4 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %198 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %145, <4 x float> %197, <4 x float> %173)
-  store <4 x float> %198, ptr %196, align 4, !tbaa !8
-  %199 = getelementptr inbounds nuw i8, ptr %187, i64 2048
+  %198 = shl nuw nsw i64 %indvars.iv62.i, 2
+  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %198
+  %199 = getelementptr inbounds nuw float, ptr %acc.i, i64 %198
   store <4 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
-  %200 = load <4 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %201 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %147, <4 x float> %200, <4 x float> %174)
+  %200 = load <4 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
+  %201 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %200, <4 x float> %152)
   store <4 x float> %201, ptr %199, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %187, i64 2560
+  %202 = getelementptr inbounds nuw i8, ptr %199, i64 512
   store <4 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
-  %203 = load <4 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %204 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %149, <4 x float> %203, <4 x float> %175)
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
+  %203 = load <4 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %204 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %153, <4 x float> %203, <4 x float> %183)
   store <4 x float> %204, ptr %202, align 4, !tbaa !8
-  %205 = getelementptr inbounds nuw i8, ptr %187, i64 3072
+  %205 = getelementptr inbounds nuw i8, ptr %199, i64 1024
   store <4 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
-  %206 = load <4 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %207 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %151, <4 x float> %206, <4 x float> %176)
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
+  %206 = load <4 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %207 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %155, <4 x float> %206, <4 x float> %184)
   store <4 x float> %207, ptr %205, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %187, i64 3584
+  %208 = getelementptr inbounds nuw i8, ptr %199, i64 1536
   store <4 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
-  %209 = load <4 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %210 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %153, <4 x float> %209, <4 x float> %177)
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
+  %209 = load <4 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %210 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %157, <4 x float> %209, <4 x float> %185)
   store <4 x float> %210, ptr %208, align 4, !tbaa !8
-  %211 = getelementptr inbounds nuw i8, ptr %187, i64 4096
+  %211 = getelementptr inbounds nuw i8, ptr %199, i64 2048
   store <4 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
-  %212 = load <4 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
-  %213 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %155, <4 x float> %212, <4 x float> %178)
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
+  %212 = load <4 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %213 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %159, <4 x float> %212, <4 x float> %186)
   store <4 x float> %213, ptr %211, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %187, i64 4608
+  %214 = getelementptr inbounds nuw i8, ptr %199, i64 2560
   store <4 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
-  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
-  %215 = load <4 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
-  %216 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %157, <4 x float> %215, <4 x float> %179)
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
+  %215 = load <4 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %216 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %161, <4 x float> %215, <4 x float> %187)
   store <4 x float> %216, ptr %214, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw i8, ptr %187, i64 5120
+  %217 = getelementptr inbounds nuw i8, ptr %199, i64 3072
   store <4 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
-  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
-  %218 = load <4 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
-  %219 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %159, <4 x float> %218, <4 x float> %180)
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
+  %218 = load <4 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %219 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %163, <4 x float> %218, <4 x float> %188)
   store <4 x float> %219, ptr %217, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %187, i64 5632
+  %220 = getelementptr inbounds nuw i8, ptr %199, i64 3584
   store <4 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
-  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
-  %221 = load <4 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
-  %222 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %161, <4 x float> %221, <4 x float> %181)
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
+  %221 = load <4 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %222 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %165, <4 x float> %221, <4 x float> %189)
   store <4 x float> %222, ptr %220, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw i8, ptr %187, i64 6144
+  %223 = getelementptr inbounds nuw i8, ptr %199, i64 4096
   store <4 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
-  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
-  %224 = load <4 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
-  %225 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %163, <4 x float> %224, <4 x float> %182)
+  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
+  %224 = load <4 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
+  %225 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %167, <4 x float> %224, <4 x float> %190)
   store <4 x float> %225, ptr %223, align 4, !tbaa !8
-  %226 = getelementptr inbounds nuw i8, ptr %187, i64 6656
+  %226 = getelementptr inbounds nuw i8, ptr %199, i64 4608
   store <4 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
-  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
-  %227 = load <4 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
-  %228 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %165, <4 x float> %227, <4 x float> %183)
+  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
+  %227 = load <4 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
+  %228 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %169, <4 x float> %227, <4 x float> %191)
   store <4 x float> %228, ptr %226, align 4, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %187, i64 7168
+  %229 = getelementptr inbounds nuw i8, ptr %199, i64 5120
   store <4 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
-  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
-  %230 = load <4 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
-  %231 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %167, <4 x float> %230, <4 x float> %184)
+  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
+  %230 = load <4 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
+  %231 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %171, <4 x float> %230, <4 x float> %192)
   store <4 x float> %231, ptr %229, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw i8, ptr %187, i64 7680
+  %232 = getelementptr inbounds nuw i8, ptr %199, i64 5632
   store <4 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
-  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
-  %233 = load <4 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
-  %234 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %169, <4 x float> %233, <4 x float> %185)
+  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
+  %233 = load <4 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
+  %234 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %173, <4 x float> %233, <4 x float> %193)
   store <4 x float> %234, ptr %232, align 4, !tbaa !8
+  %235 = getelementptr inbounds nuw i8, ptr %199, i64 6144
+  store <4 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
+  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
+  %236 = load <4 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
+  %237 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %175, <4 x float> %236, <4 x float> %194)
+  store <4 x float> %237, ptr %235, align 4, !tbaa !8
+  %238 = getelementptr inbounds nuw i8, ptr %199, i64 6656
+  store <4 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
+  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
+  %239 = load <4 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
+  %240 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %177, <4 x float> %239, <4 x float> %195)
+  store <4 x float> %240, ptr %238, align 4, !tbaa !8
+  %241 = getelementptr inbounds nuw i8, ptr %199, i64 7168
+  store <4 x float> zeroinitializer, ptr %241, align 4, !tbaa !8
+  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
+  %242 = load <4 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
+  %243 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %179, <4 x float> %242, <4 x float> %196)
+  store <4 x float> %243, ptr %241, align 4, !tbaa !8
+  %244 = getelementptr inbounds nuw i8, ptr %199, i64 7680
+  store <4 x float> zeroinitializer, ptr %244, align 4, !tbaa !8
+  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
+  %245 = load <4 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
+  %246 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %181, <4 x float> %245, <4 x float> %197)
+  store <4 x float> %246, ptr %244, align 4, !tbaa !8
   %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
   %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 32
   br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %sext33 = shl i64 %24, 32
-  %235 = ashr exact i64 %sext33, 32
-  %236 = getelementptr inbounds i32, ptr %context_lens, i64 %235
-  %237 = load i32, ptr %236, align 4, !tbaa !8
-  %238 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %239 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %240 = select <16 x i1> %239, <16 x float> zeroinitializer, <16 x float> %238
-  store <16 x float> %240, ptr %factor34.i, align 16, !tbaa !11
-  %241 = mul nsw i64 %out_batch, %235
-  %242 = getelementptr float, ptr %out, i64 %241
+  %247 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %248 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %249 = select <16 x i1> %248, <16 x float> zeroinitializer, <16 x float> %247
+  store <16 x float> %249, ptr %factor34.i, align 16, !tbaa !11
+  %sext = shl i64 %20, 32
+  %250 = ashr exact i64 %sext, 32
+  %251 = mul nsw i64 %out_batch, %250
+  %252 = getelementptr float, ptr %out, i64 %251
   br label %for_begin_d_019.preheader.i
 
 for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
-  %243 = shl nuw nsw i64 %indvars.iv.i, 2
-  %invariant.gep.i = getelementptr float, ptr %107, i64 %243
-  %244 = load <4 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
-  %245 = getelementptr inbounds nuw float, ptr %acc.i, i64 %243
-  %246 = load <4 x float>, ptr %245, align 4, !tbaa !8
-  %247 = fmul <4 x float> %109, %246
-  %248 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %108, <4 x float> %244, <4 x float> %247)
-  store <4 x float> %248, ptr %245, align 4, !tbaa !8
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
-  %249 = load <4 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %245, i64 512
-  %251 = load <4 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <4 x float> %111, %251
-  %253 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %110, <4 x float> %249, <4 x float> %252)
-  store <4 x float> %253, ptr %250, align 4, !tbaa !8
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
-  %254 = load <4 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %255 = getelementptr inbounds nuw i8, ptr %245, i64 1024
+  %253 = shl nuw nsw i64 %indvars.iv.i, 2
+  %invariant.gep.i = getelementptr float, ptr %119, i64 %253
+  %254 = load <4 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw float, ptr %acc.i, i64 %253
   %256 = load <4 x float>, ptr %255, align 4, !tbaa !8
-  %257 = fmul <4 x float> %113, %256
-  %258 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %112, <4 x float> %254, <4 x float> %257)
+  %257 = fmul <4 x float> %121, %256
+  %258 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %254, <4 x float> %257)
   store <4 x float> %258, ptr %255, align 4, !tbaa !8
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
-  %259 = load <4 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %245, i64 1536
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
+  %259 = load <4 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %260 = getelementptr inbounds nuw i8, ptr %255, i64 512
   %261 = load <4 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <4 x float> %115, %261
-  %263 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %114, <4 x float> %259, <4 x float> %262)
+  %262 = fmul <4 x float> %123, %261
+  %263 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %122, <4 x float> %259, <4 x float> %262)
   store <4 x float> %263, ptr %260, align 4, !tbaa !8
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
-  %264 = load <4 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %265 = getelementptr inbounds nuw i8, ptr %245, i64 2048
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
+  %264 = load <4 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw i8, ptr %255, i64 1024
   %266 = load <4 x float>, ptr %265, align 4, !tbaa !8
-  %267 = fmul <4 x float> %117, %266
-  %268 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %116, <4 x float> %264, <4 x float> %267)
+  %267 = fmul <4 x float> %125, %266
+  %268 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %124, <4 x float> %264, <4 x float> %267)
   store <4 x float> %268, ptr %265, align 4, !tbaa !8
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
-  %269 = load <4 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %245, i64 2560
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
+  %269 = load <4 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw i8, ptr %255, i64 1536
   %271 = load <4 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <4 x float> %119, %271
-  %273 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %118, <4 x float> %269, <4 x float> %272)
+  %272 = fmul <4 x float> %127, %271
+  %273 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %126, <4 x float> %269, <4 x float> %272)
   store <4 x float> %273, ptr %270, align 4, !tbaa !8
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
-  %274 = load <4 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw i8, ptr %245, i64 3072
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
+  %274 = load <4 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw i8, ptr %255, i64 2048
   %276 = load <4 x float>, ptr %275, align 4, !tbaa !8
-  %277 = fmul <4 x float> %121, %276
-  %278 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %274, <4 x float> %277)
+  %277 = fmul <4 x float> %129, %276
+  %278 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %128, <4 x float> %274, <4 x float> %277)
   store <4 x float> %278, ptr %275, align 4, !tbaa !8
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
-  %279 = load <4 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %245, i64 3584
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
+  %279 = load <4 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw i8, ptr %255, i64 2560
   %281 = load <4 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <4 x float> %123, %281
-  %283 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %122, <4 x float> %279, <4 x float> %282)
+  %282 = fmul <4 x float> %131, %281
+  %283 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %130, <4 x float> %279, <4 x float> %282)
   store <4 x float> %283, ptr %280, align 4, !tbaa !8
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
-  %284 = load <4 x float>, ptr %gep.8.i, align 4, !tbaa !8
-  %285 = getelementptr inbounds nuw i8, ptr %245, i64 4096
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
+  %284 = load <4 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %285 = getelementptr inbounds nuw i8, ptr %255, i64 3072
   %286 = load <4 x float>, ptr %285, align 4, !tbaa !8
-  %287 = fmul <4 x float> %125, %286
-  %288 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %124, <4 x float> %284, <4 x float> %287)
+  %287 = fmul <4 x float> %133, %286
+  %288 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %132, <4 x float> %284, <4 x float> %287)
   store <4 x float> %288, ptr %285, align 4, !tbaa !8
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
-  %289 = load <4 x float>, ptr %gep.9.i, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %245, i64 4608
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
+  %289 = load <4 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw i8, ptr %255, i64 3584
   %291 = load <4 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <4 x float> %127, %291
-  %293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %126, <4 x float> %289, <4 x float> %292)
+  %292 = fmul <4 x float> %135, %291
+  %293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %134, <4 x float> %289, <4 x float> %292)
   store <4 x float> %293, ptr %290, align 4, !tbaa !8
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
-  %294 = load <4 x float>, ptr %gep.10.i, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw i8, ptr %245, i64 5120
+  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
+  %294 = load <4 x float>, ptr %gep.8.i, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw i8, ptr %255, i64 4096
   %296 = load <4 x float>, ptr %295, align 4, !tbaa !8
-  %297 = fmul <4 x float> %129, %296
-  %298 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %128, <4 x float> %294, <4 x float> %297)
+  %297 = fmul <4 x float> %137, %296
+  %298 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %136, <4 x float> %294, <4 x float> %297)
   store <4 x float> %298, ptr %295, align 4, !tbaa !8
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
-  %299 = load <4 x float>, ptr %gep.11.i, align 4, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %245, i64 5632
+  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
+  %299 = load <4 x float>, ptr %gep.9.i, align 4, !tbaa !8
+  %300 = getelementptr inbounds nuw i8, ptr %255, i64 4608
   %301 = load <4 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <4 x float> %131, %301
-  %303 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %130, <4 x float> %299, <4 x float> %302)
+  %302 = fmul <4 x float> %139, %301
+  %303 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %138, <4 x float> %299, <4 x float> %302)
   store <4 x float> %303, ptr %300, align 4, !tbaa !8
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
-  %304 = load <4 x float>, ptr %gep.12.i, align 4, !tbaa !8
-  %305 = getelementptr inbounds nuw i8, ptr %245, i64 6144
+  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
+  %304 = load <4 x float>, ptr %gep.10.i, align 4, !tbaa !8
+  %305 = getelementptr inbounds nuw i8, ptr %255, i64 5120
   %306 = load <4 x float>, ptr %305, align 4, !tbaa !8
-  %307 = fmul <4 x float> %133, %306
-  %308 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %132, <4 x float> %304, <4 x float> %307)
+  %307 = fmul <4 x float> %141, %306
+  %308 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %140, <4 x float> %304, <4 x float> %307)
   store <4 x float> %308, ptr %305, align 4, !tbaa !8
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
-  %309 = load <4 x float>, ptr %gep.13.i, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %245, i64 6656
+  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
+  %309 = load <4 x float>, ptr %gep.11.i, align 4, !tbaa !8
+  %310 = getelementptr inbounds nuw i8, ptr %255, i64 5632
   %311 = load <4 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <4 x float> %135, %311
-  %313 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %134, <4 x float> %309, <4 x float> %312)
+  %312 = fmul <4 x float> %143, %311
+  %313 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %142, <4 x float> %309, <4 x float> %312)
   store <4 x float> %313, ptr %310, align 4, !tbaa !8
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
-  %314 = load <4 x float>, ptr %gep.14.i, align 4, !tbaa !8
-  %315 = getelementptr inbounds nuw i8, ptr %245, i64 7168
+  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
+  %314 = load <4 x float>, ptr %gep.12.i, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw i8, ptr %255, i64 6144
   %316 = load <4 x float>, ptr %315, align 4, !tbaa !8
-  %317 = fmul <4 x float> %137, %316
-  %318 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %136, <4 x float> %314, <4 x float> %317)
+  %317 = fmul <4 x float> %145, %316
+  %318 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %144, <4 x float> %314, <4 x float> %317)
   store <4 x float> %318, ptr %315, align 4, !tbaa !8
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
-  %319 = load <4 x float>, ptr %gep.15.i, align 4, !tbaa !8
-  %320 = getelementptr inbounds nuw i8, ptr %245, i64 7680
+  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
+  %319 = load <4 x float>, ptr %gep.13.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw i8, ptr %255, i64 6656
   %321 = load <4 x float>, ptr %320, align 4, !tbaa !8
-  %322 = fmul <4 x float> %139, %321
-  %323 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %138, <4 x float> %319, <4 x float> %322)
+  %322 = fmul <4 x float> %147, %321
+  %323 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %146, <4 x float> %319, <4 x float> %322)
   store <4 x float> %323, ptr %320, align 4, !tbaa !8
+  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
+  %324 = load <4 x float>, ptr %gep.14.i, align 4, !tbaa !8
+  %325 = getelementptr inbounds nuw i8, ptr %255, i64 7168
+  %326 = load <4 x float>, ptr %325, align 4, !tbaa !8
+  %327 = fmul <4 x float> %149, %326
+  %328 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %148, <4 x float> %324, <4 x float> %327)
+  store <4 x float> %328, ptr %325, align 4, !tbaa !8
+  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
+  %329 = load <4 x float>, ptr %gep.15.i, align 4, !tbaa !8
+  %330 = getelementptr inbounds nuw i8, ptr %255, i64 7680
+  %331 = load <4 x float>, ptr %330, align 4, !tbaa !8
+  %332 = fmul <4 x float> %151, %331
+  %333 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %150, <4 x float> %329, <4 x float> %332)
+  store <4 x float> %333, ptr %330, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
 
 for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
-  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
-  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+  %334 = add nuw nsw i32 %step46.i, 1
+  %exitcond66.not.i = icmp eq i32 %334, %num_partials
+  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
-  %324 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
-  %325 = load float, ptr %324, align 4, !tbaa !19
-  %326 = insertelement <4 x float> poison, float %325, i64 0
-  %327 = shufflevector <4 x float> %326, <4 x float> poison, <4 x i32> zeroinitializer
-  %328 = mul nsw i64 %indvars.iv74.i, %out_head
-  %invariant.gep49.i = getelementptr float, ptr %242, i64 %328
-  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
-  %329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %330 = load <4 x float>, ptr %329, align 4, !tbaa !8
-  %331 = fmul <4 x float> %330, %327
-  store <4 x float> %331, ptr %invariant.gep49.i, align 4, !tbaa !8
-  %332 = getelementptr inbounds nuw i8, ptr %329, i64 16
-  %333 = load <4 x float>, ptr %332, align 4, !tbaa !8
-  %334 = fmul <4 x float> %327, %333
+  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_019.preheader.i ]
+  %335 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv71.i
+  %336 = load float, ptr %335, align 4, !tbaa !19
+  %337 = insertelement <4 x float> poison, float %336, i64 0
+  %338 = shufflevector <4 x float> %337, <4 x float> poison, <4 x i32> zeroinitializer
+  %339 = mul nsw i64 %indvars.iv71.i, %out_head
+  %invariant.gep49.i = getelementptr float, ptr %252, i64 %339
+  %.idx = shl nuw nsw i64 %indvars.iv71.i, 9
+  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %341 = load <4 x float>, ptr %340, align 4, !tbaa !8
+  %342 = fmul <4 x float> %341, %338
+  store <4 x float> %342, ptr %invariant.gep49.i, align 4, !tbaa !8
+  %343 = getelementptr inbounds nuw i8, ptr %340, i64 16
+  %344 = load <4 x float>, ptr %343, align 4, !tbaa !8
+  %345 = fmul <4 x float> %338, %344
   %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 16
-  store <4 x float> %334, ptr %gep50.1.i, align 4, !tbaa !8
-  %335 = getelementptr inbounds nuw i8, ptr %329, i64 32
-  %336 = load <4 x float>, ptr %335, align 4, !tbaa !8
-  %337 = fmul <4 x float> %327, %336
+  store <4 x float> %345, ptr %gep50.1.i, align 4, !tbaa !8
+  %346 = getelementptr inbounds nuw i8, ptr %340, i64 32
+  %347 = load <4 x float>, ptr %346, align 4, !tbaa !8
+  %348 = fmul <4 x float> %338, %347
   %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <4 x float> %337, ptr %gep50.2.i, align 4, !tbaa !8
-  %338 = getelementptr inbounds nuw i8, ptr %329, i64 48
-  %339 = load <4 x float>, ptr %338, align 4, !tbaa !8
-  %340 = fmul <4 x float> %327, %339
+  store <4 x float> %348, ptr %gep50.2.i, align 4, !tbaa !8
+  %349 = getelementptr inbounds nuw i8, ptr %340, i64 48
+  %350 = load <4 x float>, ptr %349, align 4, !tbaa !8
+  %351 = fmul <4 x float> %338, %350
   %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 48
-  store <4 x float> %340, ptr %gep50.3.i, align 4, !tbaa !8
-  %341 = getelementptr inbounds nuw i8, ptr %329, i64 64
-  %342 = load <4 x float>, ptr %341, align 4, !tbaa !8
-  %343 = fmul <4 x float> %327, %342
+  store <4 x float> %351, ptr %gep50.3.i, align 4, !tbaa !8
+  %352 = getelementptr inbounds nuw i8, ptr %340, i64 64
+  %353 = load <4 x float>, ptr %352, align 4, !tbaa !8
+  %354 = fmul <4 x float> %338, %353
   %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <4 x float> %343, ptr %gep50.4.i, align 4, !tbaa !8
-  %344 = getelementptr inbounds nuw i8, ptr %329, i64 80
-  %345 = load <4 x float>, ptr %344, align 4, !tbaa !8
-  %346 = fmul <4 x float> %327, %345
+  store <4 x float> %354, ptr %gep50.4.i, align 4, !tbaa !8
+  %355 = getelementptr inbounds nuw i8, ptr %340, i64 80
+  %356 = load <4 x float>, ptr %355, align 4, !tbaa !8
+  %357 = fmul <4 x float> %338, %356
   %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 80
-  store <4 x float> %346, ptr %gep50.5.i, align 4, !tbaa !8
-  %347 = getelementptr inbounds nuw i8, ptr %329, i64 96
-  %348 = load <4 x float>, ptr %347, align 4, !tbaa !8
-  %349 = fmul <4 x float> %327, %348
+  store <4 x float> %357, ptr %gep50.5.i, align 4, !tbaa !8
+  %358 = getelementptr inbounds nuw i8, ptr %340, i64 96
+  %359 = load <4 x float>, ptr %358, align 4, !tbaa !8
+  %360 = fmul <4 x float> %338, %359
   %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <4 x float> %349, ptr %gep50.6.i, align 4, !tbaa !8
-  %350 = getelementptr inbounds nuw i8, ptr %329, i64 112
-  %351 = load <4 x float>, ptr %350, align 4, !tbaa !8
-  %352 = fmul <4 x float> %327, %351
+  store <4 x float> %360, ptr %gep50.6.i, align 4, !tbaa !8
+  %361 = getelementptr inbounds nuw i8, ptr %340, i64 112
+  %362 = load <4 x float>, ptr %361, align 4, !tbaa !8
+  %363 = fmul <4 x float> %338, %362
   %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 112
-  store <4 x float> %352, ptr %gep50.7.i, align 4, !tbaa !8
-  %353 = getelementptr inbounds nuw i8, ptr %329, i64 128
-  %354 = load <4 x float>, ptr %353, align 4, !tbaa !8
-  %355 = fmul <4 x float> %327, %354
+  store <4 x float> %363, ptr %gep50.7.i, align 4, !tbaa !8
+  %364 = getelementptr inbounds nuw i8, ptr %340, i64 128
+  %365 = load <4 x float>, ptr %364, align 4, !tbaa !8
+  %366 = fmul <4 x float> %338, %365
   %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <4 x float> %355, ptr %gep50.8.i, align 4, !tbaa !8
-  %356 = getelementptr inbounds nuw i8, ptr %329, i64 144
-  %357 = load <4 x float>, ptr %356, align 4, !tbaa !8
-  %358 = fmul <4 x float> %327, %357
+  store <4 x float> %366, ptr %gep50.8.i, align 4, !tbaa !8
+  %367 = getelementptr inbounds nuw i8, ptr %340, i64 144
+  %368 = load <4 x float>, ptr %367, align 4, !tbaa !8
+  %369 = fmul <4 x float> %338, %368
   %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 144
-  store <4 x float> %358, ptr %gep50.9.i, align 4, !tbaa !8
-  %359 = getelementptr inbounds nuw i8, ptr %329, i64 160
-  %360 = load <4 x float>, ptr %359, align 4, !tbaa !8
-  %361 = fmul <4 x float> %327, %360
+  store <4 x float> %369, ptr %gep50.9.i, align 4, !tbaa !8
+  %370 = getelementptr inbounds nuw i8, ptr %340, i64 160
+  %371 = load <4 x float>, ptr %370, align 4, !tbaa !8
+  %372 = fmul <4 x float> %338, %371
   %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <4 x float> %361, ptr %gep50.10.i, align 4, !tbaa !8
-  %362 = getelementptr inbounds nuw i8, ptr %329, i64 176
-  %363 = load <4 x float>, ptr %362, align 4, !tbaa !8
-  %364 = fmul <4 x float> %327, %363
+  store <4 x float> %372, ptr %gep50.10.i, align 4, !tbaa !8
+  %373 = getelementptr inbounds nuw i8, ptr %340, i64 176
+  %374 = load <4 x float>, ptr %373, align 4, !tbaa !8
+  %375 = fmul <4 x float> %338, %374
   %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 176
-  store <4 x float> %364, ptr %gep50.11.i, align 4, !tbaa !8
-  %365 = getelementptr inbounds nuw i8, ptr %329, i64 192
-  %366 = load <4 x float>, ptr %365, align 4, !tbaa !8
-  %367 = fmul <4 x float> %327, %366
+  store <4 x float> %375, ptr %gep50.11.i, align 4, !tbaa !8
+  %376 = getelementptr inbounds nuw i8, ptr %340, i64 192
+  %377 = load <4 x float>, ptr %376, align 4, !tbaa !8
+  %378 = fmul <4 x float> %338, %377
   %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <4 x float> %367, ptr %gep50.12.i, align 4, !tbaa !8
-  %368 = getelementptr inbounds nuw i8, ptr %329, i64 208
-  %369 = load <4 x float>, ptr %368, align 4, !tbaa !8
-  %370 = fmul <4 x float> %327, %369
+  store <4 x float> %378, ptr %gep50.12.i, align 4, !tbaa !8
+  %379 = getelementptr inbounds nuw i8, ptr %340, i64 208
+  %380 = load <4 x float>, ptr %379, align 4, !tbaa !8
+  %381 = fmul <4 x float> %338, %380
   %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 208
-  store <4 x float> %370, ptr %gep50.13.i, align 4, !tbaa !8
-  %371 = getelementptr inbounds nuw i8, ptr %329, i64 224
-  %372 = load <4 x float>, ptr %371, align 4, !tbaa !8
-  %373 = fmul <4 x float> %327, %372
+  store <4 x float> %381, ptr %gep50.13.i, align 4, !tbaa !8
+  %382 = getelementptr inbounds nuw i8, ptr %340, i64 224
+  %383 = load <4 x float>, ptr %382, align 4, !tbaa !8
+  %384 = fmul <4 x float> %338, %383
   %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <4 x float> %373, ptr %gep50.14.i, align 4, !tbaa !8
-  %374 = getelementptr inbounds nuw i8, ptr %329, i64 240
-  %375 = load <4 x float>, ptr %374, align 4, !tbaa !8
-  %376 = fmul <4 x float> %327, %375
+  store <4 x float> %384, ptr %gep50.14.i, align 4, !tbaa !8
+  %385 = getelementptr inbounds nuw i8, ptr %340, i64 240
+  %386 = load <4 x float>, ptr %385, align 4, !tbaa !8
+  %387 = fmul <4 x float> %338, %386
   %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 240
-  store <4 x float> %376, ptr %gep50.15.i, align 4, !tbaa !8
-  %377 = getelementptr inbounds nuw i8, ptr %329, i64 256
-  %378 = load <4 x float>, ptr %377, align 4, !tbaa !8
-  %379 = fmul <4 x float> %327, %378
+  store <4 x float> %387, ptr %gep50.15.i, align 4, !tbaa !8
+  %388 = getelementptr inbounds nuw i8, ptr %340, i64 256
+  %389 = load <4 x float>, ptr %388, align 4, !tbaa !8
+  %390 = fmul <4 x float> %338, %389
   %gep50.16.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
-  store <4 x float> %379, ptr %gep50.16.i, align 4, !tbaa !8
-  %380 = getelementptr inbounds nuw i8, ptr %329, i64 272
-  %381 = load <4 x float>, ptr %380, align 4, !tbaa !8
-  %382 = fmul <4 x float> %327, %381
+  store <4 x float> %390, ptr %gep50.16.i, align 4, !tbaa !8
+  %391 = getelementptr inbounds nuw i8, ptr %340, i64 272
+  %392 = load <4 x float>, ptr %391, align 4, !tbaa !8
+  %393 = fmul <4 x float> %338, %392
   %gep50.17.i = getelementptr i8, ptr %invariant.gep49.i, i64 272
-  store <4 x float> %382, ptr %gep50.17.i, align 4, !tbaa !8
-  %383 = getelementptr inbounds nuw i8, ptr %329, i64 288
-  %384 = load <4 x float>, ptr %383, align 4, !tbaa !8
-  %385 = fmul <4 x float> %327, %384
+  store <4 x float> %393, ptr %gep50.17.i, align 4, !tbaa !8
+  %394 = getelementptr inbounds nuw i8, ptr %340, i64 288
+  %395 = load <4 x float>, ptr %394, align 4, !tbaa !8
+  %396 = fmul <4 x float> %338, %395
   %gep50.18.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
-  store <4 x float> %385, ptr %gep50.18.i, align 4, !tbaa !8
-  %386 = getelementptr inbounds nuw i8, ptr %329, i64 304
-  %387 = load <4 x float>, ptr %386, align 4, !tbaa !8
-  %388 = fmul <4 x float> %327, %387
+  store <4 x float> %396, ptr %gep50.18.i, align 4, !tbaa !8
+  %397 = getelementptr inbounds nuw i8, ptr %340, i64 304
+  %398 = load <4 x float>, ptr %397, align 4, !tbaa !8
+  %399 = fmul <4 x float> %338, %398
   %gep50.19.i = getelementptr i8, ptr %invariant.gep49.i, i64 304
-  store <4 x float> %388, ptr %gep50.19.i, align 4, !tbaa !8
-  %389 = getelementptr inbounds nuw i8, ptr %329, i64 320
-  %390 = load <4 x float>, ptr %389, align 4, !tbaa !8
-  %391 = fmul <4 x float> %327, %390
+  store <4 x float> %399, ptr %gep50.19.i, align 4, !tbaa !8
+  %400 = getelementptr inbounds nuw i8, ptr %340, i64 320
+  %401 = load <4 x float>, ptr %400, align 4, !tbaa !8
+  %402 = fmul <4 x float> %338, %401
   %gep50.20.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
-  store <4 x float> %391, ptr %gep50.20.i, align 4, !tbaa !8
-  %392 = getelementptr inbounds nuw i8, ptr %329, i64 336
-  %393 = load <4 x float>, ptr %392, align 4, !tbaa !8
-  %394 = fmul <4 x float> %327, %393
+  store <4 x float> %402, ptr %gep50.20.i, align 4, !tbaa !8
+  %403 = getelementptr inbounds nuw i8, ptr %340, i64 336
+  %404 = load <4 x float>, ptr %403, align 4, !tbaa !8
+  %405 = fmul <4 x float> %338, %404
   %gep50.21.i = getelementptr i8, ptr %invariant.gep49.i, i64 336
-  store <4 x float> %394, ptr %gep50.21.i, align 4, !tbaa !8
-  %395 = getelementptr inbounds nuw i8, ptr %329, i64 352
-  %396 = load <4 x float>, ptr %395, align 4, !tbaa !8
-  %397 = fmul <4 x float> %327, %396
+  store <4 x float> %405, ptr %gep50.21.i, align 4, !tbaa !8
+  %406 = getelementptr inbounds nuw i8, ptr %340, i64 352
+  %407 = load <4 x float>, ptr %406, align 4, !tbaa !8
+  %408 = fmul <4 x float> %338, %407
   %gep50.22.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
-  store <4 x float> %397, ptr %gep50.22.i, align 4, !tbaa !8
-  %398 = getelementptr inbounds nuw i8, ptr %329, i64 368
-  %399 = load <4 x float>, ptr %398, align 4, !tbaa !8
-  %400 = fmul <4 x float> %327, %399
+  store <4 x float> %408, ptr %gep50.22.i, align 4, !tbaa !8
+  %409 = getelementptr inbounds nuw i8, ptr %340, i64 368
+  %410 = load <4 x float>, ptr %409, align 4, !tbaa !8
+  %411 = fmul <4 x float> %338, %410
   %gep50.23.i = getelementptr i8, ptr %invariant.gep49.i, i64 368
-  store <4 x float> %400, ptr %gep50.23.i, align 4, !tbaa !8
-  %401 = getelementptr inbounds nuw i8, ptr %329, i64 384
-  %402 = load <4 x float>, ptr %401, align 4, !tbaa !8
-  %403 = fmul <4 x float> %327, %402
+  store <4 x float> %411, ptr %gep50.23.i, align 4, !tbaa !8
+  %412 = getelementptr inbounds nuw i8, ptr %340, i64 384
+  %413 = load <4 x float>, ptr %412, align 4, !tbaa !8
+  %414 = fmul <4 x float> %338, %413
   %gep50.24.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
-  store <4 x float> %403, ptr %gep50.24.i, align 4, !tbaa !8
-  %404 = getelementptr inbounds nuw i8, ptr %329, i64 400
-  %405 = load <4 x float>, ptr %404, align 4, !tbaa !8
-  %406 = fmul <4 x float> %327, %405
+  store <4 x float> %414, ptr %gep50.24.i, align 4, !tbaa !8
+  %415 = getelementptr inbounds nuw i8, ptr %340, i64 400
+  %416 = load <4 x float>, ptr %415, align 4, !tbaa !8
+  %417 = fmul <4 x float> %338, %416
   %gep50.25.i = getelementptr i8, ptr %invariant.gep49.i, i64 400
-  store <4 x float> %406, ptr %gep50.25.i, align 4, !tbaa !8
-  %407 = getelementptr inbounds nuw i8, ptr %329, i64 416
-  %408 = load <4 x float>, ptr %407, align 4, !tbaa !8
-  %409 = fmul <4 x float> %327, %408
+  store <4 x float> %417, ptr %gep50.25.i, align 4, !tbaa !8
+  %418 = getelementptr inbounds nuw i8, ptr %340, i64 416
+  %419 = load <4 x float>, ptr %418, align 4, !tbaa !8
+  %420 = fmul <4 x float> %338, %419
   %gep50.26.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
-  store <4 x float> %409, ptr %gep50.26.i, align 4, !tbaa !8
-  %410 = getelementptr inbounds nuw i8, ptr %329, i64 432
-  %411 = load <4 x float>, ptr %410, align 4, !tbaa !8
-  %412 = fmul <4 x float> %327, %411
+  store <4 x float> %420, ptr %gep50.26.i, align 4, !tbaa !8
+  %421 = getelementptr inbounds nuw i8, ptr %340, i64 432
+  %422 = load <4 x float>, ptr %421, align 4, !tbaa !8
+  %423 = fmul <4 x float> %338, %422
   %gep50.27.i = getelementptr i8, ptr %invariant.gep49.i, i64 432
-  store <4 x float> %412, ptr %gep50.27.i, align 4, !tbaa !8
-  %413 = getelementptr inbounds nuw i8, ptr %329, i64 448
-  %414 = load <4 x float>, ptr %413, align 4, !tbaa !8
-  %415 = fmul <4 x float> %327, %414
+  store <4 x float> %423, ptr %gep50.27.i, align 4, !tbaa !8
+  %424 = getelementptr inbounds nuw i8, ptr %340, i64 448
+  %425 = load <4 x float>, ptr %424, align 4, !tbaa !8
+  %426 = fmul <4 x float> %338, %425
   %gep50.28.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
-  store <4 x float> %415, ptr %gep50.28.i, align 4, !tbaa !8
-  %416 = getelementptr inbounds nuw i8, ptr %329, i64 464
-  %417 = load <4 x float>, ptr %416, align 4, !tbaa !8
-  %418 = fmul <4 x float> %327, %417
+  store <4 x float> %426, ptr %gep50.28.i, align 4, !tbaa !8
+  %427 = getelementptr inbounds nuw i8, ptr %340, i64 464
+  %428 = load <4 x float>, ptr %427, align 4, !tbaa !8
+  %429 = fmul <4 x float> %338, %428
   %gep50.29.i = getelementptr i8, ptr %invariant.gep49.i, i64 464
-  store <4 x float> %418, ptr %gep50.29.i, align 4, !tbaa !8
-  %419 = getelementptr inbounds nuw i8, ptr %329, i64 480
-  %420 = load <4 x float>, ptr %419, align 4, !tbaa !8
-  %421 = fmul <4 x float> %327, %420
+  store <4 x float> %429, ptr %gep50.29.i, align 4, !tbaa !8
+  %430 = getelementptr inbounds nuw i8, ptr %340, i64 480
+  %431 = load <4 x float>, ptr %430, align 4, !tbaa !8
+  %432 = fmul <4 x float> %338, %431
   %gep50.30.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
-  store <4 x float> %421, ptr %gep50.30.i, align 4, !tbaa !8
-  %422 = getelementptr inbounds nuw i8, ptr %329, i64 496
-  %423 = load <4 x float>, ptr %422, align 4, !tbaa !8
-  %424 = fmul <4 x float> %327, %423
+  store <4 x float> %432, ptr %gep50.30.i, align 4, !tbaa !8
+  %433 = getelementptr inbounds nuw i8, ptr %340, i64 496
+  %434 = load <4 x float>, ptr %433, align 4, !tbaa !8
+  %435 = fmul <4 x float> %338, %434
   %gep50.31.i = getelementptr i8, ptr %invariant.gep49.i, i64 496
-  store <4 x float> %424, ptr %gep50.31.i, align 4, !tbaa !8
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 16
-  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
+  store <4 x float> %435, ptr %gep50.31.i, align 4, !tbaa !8
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
+  br i1 %exitcond74.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %425 = add nsw i32 %237, -1
-  %426 = sitofp i32 %425 to float
-  %427 = bitcast float %426 to i32
-  %428 = ashr i32 %427, 23
-  %429 = tail call i32 @llvm.smax.i32(i32 %428, i32 125)
-  %430 = mul nsw i64 %lse_batch, %235
-  %431 = getelementptr float, ptr %lse, i64 %430
-  %432 = shl nuw nsw i32 %429, 23
-  %433 = add nuw i32 %432, 16777216
-  %434 = bitcast i32 %433 to float
+  %436 = add nsw i32 %num_keys, -1
+  %437 = sitofp i32 %436 to float
+  %438 = bitcast float %437 to i32
+  %439 = ashr i32 %438, 23
+  %440 = mul nsw i64 %lse_batch, %250
+  %441 = getelementptr float, ptr %lse, i64 %440
+  %442 = tail call i32 @llvm.smax.i32(i32 %439, i32 125)
+  %443 = shl nuw nsw i32 %442, 23
+  %444 = add nuw i32 %443, 16777216
+  %445 = bitcast i32 %444 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %435 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %435, label %if_end30.i, label %if_else.i
+  %446 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %446, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %436 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %434
-  %437 = tail call float @llvm.log.f32(float %436)
+  %447 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %445
+  %448 = tail call float @llvm.log.f32(float %447)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %438 = fadd float %row_max40.sroa.0.0.vec.extract.i, %437
+  %449 = fadd float %row_max40.sroa.0.0.vec.extract.i, %448
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %439 = phi float [ %438, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %439, ptr %431, align 4, !tbaa !8
+  %450 = phi float [ %449, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %450, ptr %441, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %440 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %440, label %if_end30.1.i, label %if_else.1.i
+  %451 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %451, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %441 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %434
-  %442 = tail call float @llvm.log.f32(float %441)
+  %452 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %445
+  %453 = tail call float @llvm.log.f32(float %452)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %443 = fadd float %row_max40.sroa.0.4.vec.extract.i, %442
+  %454 = fadd float %row_max40.sroa.0.4.vec.extract.i, %453
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %444 = phi float [ %443, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %445 = getelementptr i8, ptr %431, i64 4
-  store float %444, ptr %445, align 4, !tbaa !8
+  %455 = phi float [ %454, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %456 = getelementptr i8, ptr %441, i64 4
+  store float %455, ptr %456, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %446 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %446, label %if_end30.2.i, label %if_else.2.i
+  %457 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %457, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %447 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %434
-  %448 = tail call float @llvm.log.f32(float %447)
+  %458 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %445
+  %459 = tail call float @llvm.log.f32(float %458)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %449 = fadd float %row_max40.sroa.0.8.vec.extract.i, %448
+  %460 = fadd float %row_max40.sroa.0.8.vec.extract.i, %459
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %450 = phi float [ %449, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %451 = getelementptr i8, ptr %431, i64 8
-  store float %450, ptr %451, align 4, !tbaa !8
+  %461 = phi float [ %460, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %462 = getelementptr i8, ptr %441, i64 8
+  store float %461, ptr %462, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %452 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %452, label %if_end30.3.i, label %if_else.3.i
+  %463 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %463, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %453 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %434
-  %454 = tail call float @llvm.log.f32(float %453)
+  %464 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %445
+  %465 = tail call float @llvm.log.f32(float %464)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %455 = fadd float %row_max40.sroa.0.12.vec.extract.i, %454
+  %466 = fadd float %row_max40.sroa.0.12.vec.extract.i, %465
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %456 = phi float [ %455, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %457 = getelementptr i8, ptr %431, i64 12
-  store float %456, ptr %457, align 4, !tbaa !8
+  %467 = phi float [ %466, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %468 = getelementptr i8, ptr %441, i64 12
+  store float %467, ptr %468, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %458 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %458, label %if_end30.4.i, label %if_else.4.i
+  %469 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %469, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %459 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %434
-  %460 = tail call float @llvm.log.f32(float %459)
+  %470 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %445
+  %471 = tail call float @llvm.log.f32(float %470)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %461 = fadd float %row_max40.sroa.0.16.vec.extract.i, %460
+  %472 = fadd float %row_max40.sroa.0.16.vec.extract.i, %471
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %462 = phi float [ %461, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %463 = getelementptr i8, ptr %431, i64 16
-  store float %462, ptr %463, align 4, !tbaa !8
+  %473 = phi float [ %472, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %474 = getelementptr i8, ptr %441, i64 16
+  store float %473, ptr %474, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %464 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %464, label %if_end30.5.i, label %if_else.5.i
+  %475 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %475, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %465 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %434
-  %466 = tail call float @llvm.log.f32(float %465)
+  %476 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %445
+  %477 = tail call float @llvm.log.f32(float %476)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %467 = fadd float %row_max40.sroa.0.20.vec.extract.i, %466
+  %478 = fadd float %row_max40.sroa.0.20.vec.extract.i, %477
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %468 = phi float [ %467, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %469 = getelementptr i8, ptr %431, i64 20
-  store float %468, ptr %469, align 4, !tbaa !8
+  %479 = phi float [ %478, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %480 = getelementptr i8, ptr %441, i64 20
+  store float %479, ptr %480, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %470 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %470, label %if_end30.6.i, label %if_else.6.i
+  %481 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %481, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %471 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %434
-  %472 = tail call float @llvm.log.f32(float %471)
+  %482 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %445
+  %483 = tail call float @llvm.log.f32(float %482)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %473 = fadd float %row_max40.sroa.0.24.vec.extract.i, %472
+  %484 = fadd float %row_max40.sroa.0.24.vec.extract.i, %483
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %474 = phi float [ %473, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %475 = getelementptr i8, ptr %431, i64 24
-  store float %474, ptr %475, align 4, !tbaa !8
+  %485 = phi float [ %484, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %486 = getelementptr i8, ptr %441, i64 24
+  store float %485, ptr %486, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %476 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %476, label %if_end30.7.i, label %if_else.7.i
+  %487 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %487, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %477 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %434
-  %478 = tail call float @llvm.log.f32(float %477)
+  %488 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %445
+  %489 = tail call float @llvm.log.f32(float %488)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %479 = fadd float %row_max40.sroa.0.28.vec.extract.i, %478
+  %490 = fadd float %row_max40.sroa.0.28.vec.extract.i, %489
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %480 = phi float [ %479, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %481 = getelementptr i8, ptr %431, i64 28
-  store float %480, ptr %481, align 4, !tbaa !8
+  %491 = phi float [ %490, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %492 = getelementptr i8, ptr %441, i64 28
+  store float %491, ptr %492, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %482 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %482, label %if_end30.8.i, label %if_else.8.i
+  %493 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %493, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %483 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %434
-  %484 = tail call float @llvm.log.f32(float %483)
+  %494 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %445
+  %495 = tail call float @llvm.log.f32(float %494)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %485 = fadd float %row_max40.sroa.0.32.vec.extract.i, %484
+  %496 = fadd float %row_max40.sroa.0.32.vec.extract.i, %495
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %486 = phi float [ %485, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %487 = getelementptr i8, ptr %431, i64 32
-  store float %486, ptr %487, align 4, !tbaa !8
+  %497 = phi float [ %496, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %498 = getelementptr i8, ptr %441, i64 32
+  store float %497, ptr %498, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %488 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %488, label %if_end30.9.i, label %if_else.9.i
+  %499 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %499, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %489 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %434
-  %490 = tail call float @llvm.log.f32(float %489)
+  %500 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %445
+  %501 = tail call float @llvm.log.f32(float %500)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %491 = fadd float %row_max40.sroa.0.36.vec.extract.i, %490
+  %502 = fadd float %row_max40.sroa.0.36.vec.extract.i, %501
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %492 = phi float [ %491, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %493 = getelementptr i8, ptr %431, i64 36
-  store float %492, ptr %493, align 4, !tbaa !8
+  %503 = phi float [ %502, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %504 = getelementptr i8, ptr %441, i64 36
+  store float %503, ptr %504, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %494 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %494, label %if_end30.10.i, label %if_else.10.i
+  %505 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %505, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %495 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %434
-  %496 = tail call float @llvm.log.f32(float %495)
+  %506 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %445
+  %507 = tail call float @llvm.log.f32(float %506)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %497 = fadd float %row_max40.sroa.0.40.vec.extract.i, %496
+  %508 = fadd float %row_max40.sroa.0.40.vec.extract.i, %507
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %498 = phi float [ %497, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %499 = getelementptr i8, ptr %431, i64 40
-  store float %498, ptr %499, align 4, !tbaa !8
+  %509 = phi float [ %508, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %510 = getelementptr i8, ptr %441, i64 40
+  store float %509, ptr %510, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %500 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %500, label %if_end30.11.i, label %if_else.11.i
+  %511 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %511, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %501 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %434
-  %502 = tail call float @llvm.log.f32(float %501)
+  %512 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %445
+  %513 = tail call float @llvm.log.f32(float %512)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %503 = fadd float %row_max40.sroa.0.44.vec.extract.i, %502
+  %514 = fadd float %row_max40.sroa.0.44.vec.extract.i, %513
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %504 = phi float [ %503, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %505 = getelementptr i8, ptr %431, i64 44
-  store float %504, ptr %505, align 4, !tbaa !8
+  %515 = phi float [ %514, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %516 = getelementptr i8, ptr %441, i64 44
+  store float %515, ptr %516, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %506 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %506, label %if_end30.12.i, label %if_else.12.i
+  %517 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %517, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %507 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %434
-  %508 = tail call float @llvm.log.f32(float %507)
+  %518 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %445
+  %519 = tail call float @llvm.log.f32(float %518)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %509 = fadd float %row_max40.sroa.0.48.vec.extract.i, %508
+  %520 = fadd float %row_max40.sroa.0.48.vec.extract.i, %519
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %510 = phi float [ %509, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %511 = getelementptr i8, ptr %431, i64 48
-  store float %510, ptr %511, align 4, !tbaa !8
+  %521 = phi float [ %520, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %522 = getelementptr i8, ptr %441, i64 48
+  store float %521, ptr %522, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %512 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %512, label %if_end30.13.i, label %if_else.13.i
+  %523 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %523, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %513 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %434
-  %514 = tail call float @llvm.log.f32(float %513)
+  %524 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %445
+  %525 = tail call float @llvm.log.f32(float %524)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %515 = fadd float %row_max40.sroa.0.52.vec.extract.i, %514
+  %526 = fadd float %row_max40.sroa.0.52.vec.extract.i, %525
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %516 = phi float [ %515, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %517 = getelementptr i8, ptr %431, i64 52
-  store float %516, ptr %517, align 4, !tbaa !8
+  %527 = phi float [ %526, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %528 = getelementptr i8, ptr %441, i64 52
+  store float %527, ptr %528, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %518 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %518, label %if_end30.14.i, label %if_else.14.i
+  %529 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %529, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %519 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %434
-  %520 = tail call float @llvm.log.f32(float %519)
+  %530 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %445
+  %531 = tail call float @llvm.log.f32(float %530)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %521 = fadd float %row_max40.sroa.0.56.vec.extract.i, %520
+  %532 = fadd float %row_max40.sroa.0.56.vec.extract.i, %531
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %522 = phi float [ %521, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %523 = getelementptr i8, ptr %431, i64 56
-  store float %522, ptr %523, align 4, !tbaa !8
+  %533 = phi float [ %532, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %534 = getelementptr i8, ptr %441, i64 56
+  store float %533, ptr %534, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %524 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %524, label %if_end30.15.i, label %if_else.15.i
+  %535 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %535, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %525 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %434
-  %526 = tail call float @llvm.log.f32(float %525)
+  %536 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %445
+  %537 = tail call float @llvm.log.f32(float %536)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %527 = fadd float %row_max40.sroa.0.60.vec.extract.i, %526
+  %538 = fadd float %row_max40.sroa.0.60.vec.extract.i, %537
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %528 = phi float [ %527, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %529 = getelementptr i8, ptr %431, i64 60
-  store float %528, ptr %529, align 4, !tbaa !8
-  %530 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %531 = tail call i32 %530(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %531, 0
+  %539 = phi float [ %538, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %540 = getelementptr i8, ptr %441, i64 60
+  store float %539, ptr %540, align 4, !tbaa !8
+  %541 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %542 = tail call i32 %541(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %542, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
-  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
+merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   ret i32 %common.ret.op.i
 }

@@ -909,7 +909,7 @@ class Module:
                                         partial_acc[partial_start + vs, vtile * 4 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_attend(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32, shared_start: T.int32, shared_step: T.int32, num_shared: T.int32):
+    def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32, shared_start: T.int32, shared_step: T.int32, num_shared: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
@@ -1010,105 +1010,3 @@ class Module:
                     T.reads(row_sum[0, vr], row_max[0, vr])
                     T.writes(lse[token, vr])
                     lse[token, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))
-
-    @T.prim_func(s_tir=True)
-    def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
-        # with T.sblock("root"):
-        row_max = T.sblock_alloc_buffer((1, 32))
-        row_sum = T.sblock_alloc_buffer((1, 32))
-        acc = T.sblock_alloc_buffer((1, 32, 128))
-        for step in range(num_partials):
-            with T.sblock("partial"):
-                vstep = T.axis.opaque(num_partials, step)
-                T.reads()
-                T.writes()
-                slot: T.let[T.int32] = partial_start + vstep
-                with T.sblock("online_update"):
-                    T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
-                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
-                    alpha = T.sblock_alloc_buffer((1, 32))
-                    beta = T.sblock_alloc_buffer((1, 32))
-                    with T.sblock("rescale"):
-                        T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], row_max[0, 0:32], row_sum[0, 0:32])
-                        T.writes(row_max[0, 0:32], row_sum[0, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                        new_max = T.sblock_alloc_buffer((32,))
-                        new_sum = T.sblock_alloc_buffer((32,))
-                        for r in range(32):
-                            with T.sblock("factors"):
-                                vr = T.axis.spatial(32, r)
-                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
-                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
-                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
-                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
-                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
-                                new_max[vr] = m
-                                arg: T.let[T.float32] = old_max - m
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
-                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
-                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
-                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
-                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
-                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
-                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
-                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                        for r in range(32):
-                            with T.sblock("new_sum"):
-                                vr = T.axis.spatial(32, r)
-                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
-                                T.writes(new_sum[vr])
-                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
-                        for r in range(32):
-                            with T.sblock("row"):
-                                vr = T.axis.spatial(32, r)
-                                T.reads(new_max[vr], new_sum[vr])
-                                T.writes(row_max[0, vr], row_sum[0, vr])
-                                row_max[0, vr] = new_max[vr]
-                                row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("fold"):
-                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
-                        T.writes(acc[0, 0:32, 0:128])
-                        for i, r, d in T.grid(1, 32, 128):
-                            with T.sblock("acc"):
-                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
-                                T.writes(acc[vi, vr, vd])
-                                with T.init():
-                                    acc[vi, vr, vd] = T.float32(0.0)
-                                acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
-        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
-        with T.sblock("normalize"):
-            T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
-            T.writes(out[seq, 0:32, 0:128], lse[seq, 0:32])
-            factor = T.sblock_alloc_buffer((32,))
-            for r in range(32):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(32, r)
-                    T.reads(row_sum[0, vr])
-                    T.writes(factor[vr])
-                    total: T.let[T.float32] = row_sum[0, vr]
-                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-            for r, d in T.grid(32, 128):
-                with T.sblock("out"):
-                    vr, vd = T.axis.remap("SS", [r, d])
-                    T.reads(acc[0, vr, vd], factor[vr])
-                    T.writes(out[seq, vr, vd])
-                    out[seq, vr, vd] = T.Cast("bfloat16", acc[0, vr, vd] * factor[vr])
-            for r in range(32):
-                with T.sblock("lse"):
-                    vr = T.axis.spatial(32, r)
-                    T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))

@@ -21,7 +21,7 @@
 
 // The kernels, compiled by TVM from TensorIR.
 extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_key,
-    __tvm_ffi_append_value, __tvm_ffi_fused_attend, __tvm_ffi_merge_attend;
+    __tvm_ffi_append_value, __tvm_ffi_fused_attend;
 
 namespace pa {
 namespace {
@@ -72,8 +72,9 @@ struct FusedDecode {
 
 struct MergePartials {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_partials;
-  Passed<Array> context_lens, partial_max, partial_sum, partial_acc, out, lse;
-  Passed<int64_t> seq, partial_start, num_partials;
+  Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
+  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials, shared_start, shared_step,
+      num_shared;
 };
 
 struct AppendKey {
@@ -99,12 +100,14 @@ struct FusedAttend {
   Passed<float> query_scale, score_scale;
 };
 
-struct MergeAttend {
-  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_attend;
-  Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
-  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials, shared_start, shared_step,
-      num_shared;
-};
+// out and lse of a query token that may see so many keys.
+void MergeToken(int64_t token, int64_t num_keys, const TokenPartials& of, const DecodeArguments& args, const Partials<Spec>& partials) {
+  Call(MergePartials{
+      .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+      .lse = args.lse, .token = token, .num_keys = num_keys, .partial_start = of.own.start,
+      .partial_step = of.own.step, .num_partials = of.count(), .shared_start = of.shared.start,
+      .shared_step = of.shared.step, .num_shared = of.shared.count});
+}
 
 // One kernel takes a work item of decode through all four stages, tile by tile.
 void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
@@ -126,10 +129,7 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
   Compute(item, args, partials);
   const int64_t seq = item.batch_start;
   if (item.partial_start < 0 || !partials.Complete(seq)) return;
-  Call(MergePartials{
-      .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
-      .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
-      .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
+  MergeToken(seq, args.ContextLen(seq), plan.PartialsOf(seq), args, partials);
 }
 
 // decode: attention of one query token per sequence.
@@ -157,15 +157,6 @@ void Compute(const AttendItem& item, const AttendArguments& args, const Partials
       .num_kv_heads = item.num_kv_heads, .block_begin = item.range_begin, .block_end = item.block_end,
       .partial_start = item.partial_start, .causal = int64_t{args.causal}, .tree_start = item.tree_start,
       .tree_size = item.tree_size, .query_scale = args.scale.query, .score_scale = args.scale.scores});
-}
-
-// out and lse of a query token that may see so many keys.
-void MergeToken(int64_t token, int64_t num_keys, const TokenPartials& of, const AttendArguments& args, const Partials<Spec>& partials) {
-  Call(MergeAttend{
-      .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
-      .lse = args.lse, .token = token, .num_keys = num_keys, .partial_start = of.own.start,
-      .partial_step = of.own.step, .num_partials = of.count(), .shared_start = of.shared.start,
-      .shared_step = of.shared.step, .num_shared = of.shared.count});
 }
 
 // attend: attention of any number of query tokens per sequence, those of one token as decode has them.

@@ -4903,95 +4903,103 @@ target triple = "x86_64-conda-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 64
-  %context_lens.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %context_lens.type_index, 70
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_max.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_max.type_index, 70
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_sum.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %partial_acc.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %partial_acc.type_index, 70
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %out.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %out.type_index, 70
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %out.handle.idx = select i1 %16, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
-  %lse.type_index = load i32, ptr %19, align 8
-  %20 = icmp eq i32 %lse.type_index, 70
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %22 = load ptr, ptr %21, align 8
-  %lse.handle.idx = select i1 %20, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
   %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_partials.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %35, align 4
+  %36 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %37, align 8
+  %38 = icmp eq ptr %merge_partials.out_strides, null
+  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %40 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %38, ptr %39, ptr %40
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then19, label %if_else20
+  br i1 %38, label %if_then16, label %if_else17
 
-if_then19:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
+if_then16:                                        ; preds = %entry
+  %41 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %42 = load i64, ptr %41, align 8
+  %43 = load i64, ptr %39, align 8
+  %44 = mul nsw i64 %43, %42
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %45 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %44, %if_then16 ], [ %45, %if_else17 ]
+  %46 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %46, align 8
+  %47 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %47, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %48 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %48, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
   br label %if_end21
 
-if_else20:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %41, label %if_then22, label %if_end24
-
-if_then22:                                        ; preds = %if_end21
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
-  br label %if_end24
-
-if_end24:                                         ; preds = %if_then22, %if_end21
-  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %49, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %context_lens = load ptr, ptr %context_lens.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %num_shared = trunc i64 %34 to i32
+  %shared_step = trunc i64 %32 to i32
+  %shared_start = trunc i64 %30 to i32
+  %num_partials = trunc i64 %28 to i32
+  %partial_step = trunc i64 %26 to i32
+  %partial_start = trunc i64 %24 to i32
+  %num_keys = trunc i64 %22 to i32
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -5003,887 +5011,884 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %51 = icmp eq ptr %acc.i, null
+  br i1 %51, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
-for_begin_step.preheader.i:                       ; preds = %if_end24
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %52 = icmp sgt i32 %num_partials, 0
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %26, 32
-  %47 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
-  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
-  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
-  %49 = icmp eq i64 %indvars.iv66.i, 0
-  %50 = insertelement <16 x i1> poison, i1 %49, i64 0
-  %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
-  %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv66.i, %47
-  %53 = shl nsw i64 %52, 4
-  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
-  %56 = fcmp ogt <16 x float> %old_max.i, %55
-  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <16 x float>, ptr %57, align 4, !tbaa !8
-  %59 = fcmp oeq <16 x float> %58, zeroinitializer
-  %60 = select <16 x i1> %59, <16 x i1> splat (i1 true), <16 x i1> %56
-  %old_or_both.i = select <16 x i1> %60, <16 x float> %old_max.i, <16 x float> %55
-  %61 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %61, <16 x float> %55, <16 x float> %old_or_both.i
-  %62 = fsub <16 x float> %old_max.i, %m.i
-  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %64 = bitcast <16 x float> %63 to <16 x i32>
-  %65 = fadd <16 x float> %63, splat (float 0xC168000FE0000000)
-  %66 = fmul <16 x float> %65, splat (float 0x3F2BD01060000000)
-  %67 = fmul <16 x float> %65, splat (float 0x3FE6300000000000)
-  %68 = fsub <16 x float> %62, %67
-  %69 = fadd <16 x float> %66, %68
-  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %69, <16 x float> splat (float 0x3FA5558F20000000))
-  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> %69, <16 x float> splat (float 0x3FC5554920000000))
-  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %69, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %74 = fmul <16 x float> %69, %69
-  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %74, <16 x float> %69)
-  %76 = shl <16 x i32> %64, splat (i32 23)
-  %77 = bitcast <16 x i32> %76 to <16 x float>
-  %78 = fadd <16 x float> %75, splat (float 1.000000e+00)
-  %79 = fmul <16 x float> %78, %77
-  %80 = fcmp olt <16 x float> %62, splat (float -8.700000e+01)
-  %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
-  %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  %arg2.i = fsub <16 x float> %55, %m.i
-  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %85 = bitcast <16 x float> %84 to <16 x i32>
-  %86 = fadd <16 x float> %84, splat (float 0xC168000FE0000000)
-  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <16 x float> %arg2.i, %88
-  %90 = fadd <16 x float> %87, %89
-  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3FA5558F20000000))
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FC5554920000000))
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %95 = fmul <16 x float> %90, %90
-  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %95, <16 x float> %90)
-  %97 = shl <16 x i32> %85, splat (i32 23)
-  %98 = bitcast <16 x i32> %97 to <16 x float>
-  %99 = fadd <16 x float> %96, splat (float 1.000000e+00)
-  %100 = fmul <16 x float> %99, %98
-  %101 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
-  %103 = fcmp one <16 x float> %58, zeroinitializer
-  %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  %105 = fmul <16 x float> %old_sum.i, %83
-  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
-  %.idx.i = shl nsw i64 %52, 14
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %108 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
-  %109 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %49, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %334, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <16 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <16 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %54 = sub nsw i32 %step46.i, %num_shared
+  %55 = mul nsw i32 %54, %partial_step
+  %56 = add nsw i32 %55, %partial_start
+  %57 = mul nsw i32 %step46.i, %shared_step
+  %58 = add nsw i32 %57, %shared_start
+  %59 = icmp slt i32 %step46.i, %num_shared
+  %60 = icmp eq i32 %step46.i, 0
+  %61 = insertelement <16 x i1> poison, i1 %60, i64 0
+  %62 = shufflevector <16 x i1> %61, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %62, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %53
+  %old_sum.i = select <16 x i1> %62, <16 x float> zeroinitializer, <16 x float> %total4145.i
+  %63 = select i1 %59, i32 %58, i32 %56
+  %64 = sext i32 %63 to i64
+  %65 = shl nsw i64 %64, 4
+  %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
+  %67 = load <16 x float>, ptr %66, align 4, !tbaa !8
+  %68 = fcmp ogt <16 x float> %old_max.i, %67
+  %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
+  %70 = load <16 x float>, ptr %69, align 4, !tbaa !8
+  %71 = fcmp oeq <16 x float> %70, zeroinitializer
+  %72 = select <16 x i1> %71, <16 x i1> splat (i1 true), <16 x i1> %68
+  %old_or_both.i = select <16 x i1> %72, <16 x float> %old_max.i, <16 x float> %67
+  %73 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %73, <16 x float> %67, <16 x float> %old_or_both.i
+  %74 = fsub <16 x float> %old_max.i, %m.i
+  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <16 x float> %75 to <16 x i32>
+  %77 = fadd <16 x float> %75, splat (float 0xC168000FE0000000)
+  %78 = fmul <16 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <16 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <16 x float> %74, %79
+  %81 = fadd <16 x float> %78, %80
+  %82 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %82, <16 x float> %81, <16 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %81, <16 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %84, <16 x float> %81, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <16 x float> %81, %81
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> %86, <16 x float> %81)
+  %88 = shl <16 x i32> %76, splat (i32 23)
+  %89 = bitcast <16 x i32> %88 to <16 x float>
+  %90 = fadd <16 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <16 x float> %90, %89
+  %92 = fcmp olt <16 x float> %74, splat (float -8.700000e+01)
+  %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
+  %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  %arg2.i = fsub <16 x float> %67, %m.i
+  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %97 = bitcast <16 x float> %96 to <16 x i32>
+  %98 = fadd <16 x float> %96, splat (float 0xC168000FE0000000)
+  %99 = fmul <16 x float> %98, splat (float 0x3F2BD01060000000)
+  %100 = fmul <16 x float> %98, splat (float 0x3FE6300000000000)
+  %101 = fsub <16 x float> %arg2.i, %100
+  %102 = fadd <16 x float> %99, %101
+  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %102, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %103, <16 x float> %102, <16 x float> splat (float 0x3FA5558F20000000))
+  %105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %102, <16 x float> splat (float 0x3FC5554920000000))
+  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %102, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %107 = fmul <16 x float> %102, %102
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %107, <16 x float> %102)
+  %109 = shl <16 x i32> %97, splat (i32 23)
+  %110 = bitcast <16 x i32> %109 to <16 x float>
+  %111 = fadd <16 x float> %108, splat (float 1.000000e+00)
+  %112 = fmul <16 x float> %111, %110
+  %113 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %114 = select <16 x i1> %113, <16 x float> zeroinitializer, <16 x float> %112
+  %115 = fcmp one <16 x float> %70, zeroinitializer
+  %116 = select <16 x i1> %115, <16 x float> %114, <16 x float> zeroinitializer
+  %117 = fmul <16 x float> %old_sum.i, %95
+  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %117)
+  %.idx.i = shl nsw i64 %64, 14
+  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %120 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
+  %121 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %60, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
 
 for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
-  %110 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> zeroinitializer
-  %111 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %112 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %113 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %114 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %115 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %116 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %117 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %118 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %119 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %120 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %121 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %122 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %123 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %124 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %125 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %126 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %127 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %128 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %129 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %130 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %131 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %132 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %133 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %134 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %135 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %136 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %137 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %138 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %139 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %122 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> zeroinitializer
+  %123 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %124 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %125 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %126 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %127 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %128 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %129 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %130 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %131 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %132 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %133 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %134 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %135 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %136 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %137 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %138 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %139 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %140 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %141 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %142 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %143 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %144 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %145 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %146 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %147 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %148 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %149 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %150 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %151 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
   br label %for_begin_r_0.preheader.i
 
 for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
-  %140 = fmul <16 x float> %83, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
-  %142 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %143 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %144 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %145 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %146 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %147 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %148 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %149 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %150 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %151 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %152 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %153 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %154 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %155 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %156 = fmul <16 x float> %83, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %158 = fmul <16 x float> %83, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %160 = fmul <16 x float> %83, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %162 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %164 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %166 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %167 = shufflevector <16 x float> %166, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %168 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %170 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %172 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
-  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %174 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %176 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
-  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %178 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %180 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
-  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %182 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
-  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %184 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
-  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %152 = fmul <16 x float> %95, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %153 = shufflevector <16 x float> %152, <16 x float> poison, <16 x i32> zeroinitializer
+  %154 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %155 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %156 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %157 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %158 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %159 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %160 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %161 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %162 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %163 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %164 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %165 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %166 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %167 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %168 = fmul <16 x float> %95, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %170 = fmul <16 x float> %95, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %172 = fmul <16 x float> %95, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %174 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %176 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %178 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %180 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %182 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %184 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
+  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %186 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
+  %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %188 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
+  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %190 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
+  %191 = shufflevector <16 x float> %190, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %192 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
+  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %194 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
+  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %196 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
+  %197 = shufflevector <16 x float> %196, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
   br label %for_begin_r_0.preheader.us.i
 
 for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
   %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
-  %186 = shl nuw nsw i64 %indvars.iv62.i, 4
-  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %186
-  %187 = getelementptr inbounds nuw float, ptr %acc.i, i64 %186
-  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !8
-  %188 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %188, <16 x float> %141)
-  store <16 x float> %189, ptr %187, align 4, !tbaa !8
-  %190 = getelementptr inbounds nuw i8, ptr %187, i64 1024
-  store <16 x float> zeroinitializer, ptr %190, align 4, !tbaa !8
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
-  %191 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %191, <16 x float> %157)
-  store <16 x float> %192, ptr %190, align 4, !tbaa !8
-  %193 = getelementptr inbounds nuw i8, ptr %187, i64 2048
-  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !8
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
-  %194 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %194, <16 x float> %159)
-  store <16 x float> %195, ptr %193, align 4, !tbaa !8
-  %196 = getelementptr inbounds nuw i8, ptr %187, i64 3072
-  store <16 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
-  %197 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %197, <16 x float> %161)
-  store <16 x float> %198, ptr %196, align 4, !tbaa !8
-  %199 = getelementptr inbounds nuw i8, ptr %187, i64 4096
+  %198 = shl nuw nsw i64 %indvars.iv62.i, 4
+  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %198
+  %199 = getelementptr inbounds nuw float, ptr %acc.i, i64 %198
   store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
-  %200 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %200, <16 x float> %163)
+  %200 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %200, <16 x float> %153)
   store <16 x float> %201, ptr %199, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %187, i64 5120
+  %202 = getelementptr inbounds nuw i8, ptr %199, i64 1024
   store <16 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
-  %203 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %203, <16 x float> %165)
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
+  %203 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %169)
   store <16 x float> %204, ptr %202, align 4, !tbaa !8
-  %205 = getelementptr inbounds nuw i8, ptr %187, i64 6144
+  %205 = getelementptr inbounds nuw i8, ptr %199, i64 2048
   store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
-  %206 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %206, <16 x float> %167)
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
+  %206 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %206, <16 x float> %171)
   store <16 x float> %207, ptr %205, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %187, i64 7168
+  %208 = getelementptr inbounds nuw i8, ptr %199, i64 3072
   store <16 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
-  %209 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %209, <16 x float> %169)
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
+  %209 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %209, <16 x float> %173)
   store <16 x float> %210, ptr %208, align 4, !tbaa !8
-  %211 = getelementptr inbounds nuw i8, ptr %187, i64 8192
+  %211 = getelementptr inbounds nuw i8, ptr %199, i64 4096
   store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 8192
-  %212 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %212, <16 x float> %171)
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
+  %212 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %212, <16 x float> %175)
   store <16 x float> %213, ptr %211, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %187, i64 9216
+  %214 = getelementptr inbounds nuw i8, ptr %199, i64 5120
   store <16 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
-  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 9216
-  %215 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %215, <16 x float> %173)
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
+  %215 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %157, <16 x float> %215, <16 x float> %177)
   store <16 x float> %216, ptr %214, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw i8, ptr %187, i64 10240
+  %217 = getelementptr inbounds nuw i8, ptr %199, i64 6144
   store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
-  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 10240
-  %218 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %218, <16 x float> %175)
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
+  %218 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %218, <16 x float> %179)
   store <16 x float> %219, ptr %217, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %187, i64 11264
+  %220 = getelementptr inbounds nuw i8, ptr %199, i64 7168
   store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
-  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 11264
-  %221 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
-  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %221, <16 x float> %177)
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
+  %221 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %221, <16 x float> %181)
   store <16 x float> %222, ptr %220, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw i8, ptr %187, i64 12288
+  %223 = getelementptr inbounds nuw i8, ptr %199, i64 8192
   store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
-  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 12288
-  %224 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %152, <16 x float> %224, <16 x float> %179)
+  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 8192
+  %224 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
+  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %224, <16 x float> %183)
   store <16 x float> %225, ptr %223, align 4, !tbaa !8
-  %226 = getelementptr inbounds nuw i8, ptr %187, i64 13312
+  %226 = getelementptr inbounds nuw i8, ptr %199, i64 9216
   store <16 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
-  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 13312
-  %227 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %227, <16 x float> %181)
+  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 9216
+  %227 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %227, <16 x float> %185)
   store <16 x float> %228, ptr %226, align 4, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %187, i64 14336
+  %229 = getelementptr inbounds nuw i8, ptr %199, i64 10240
   store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
-  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 14336
-  %230 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %230, <16 x float> %183)
+  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 10240
+  %230 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %162, <16 x float> %230, <16 x float> %187)
   store <16 x float> %231, ptr %229, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw i8, ptr %187, i64 15360
+  %232 = getelementptr inbounds nuw i8, ptr %199, i64 11264
   store <16 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
-  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 15360
-  %233 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %233, <16 x float> %185)
+  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 11264
+  %233 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %233, <16 x float> %189)
   store <16 x float> %234, ptr %232, align 4, !tbaa !8
+  %235 = getelementptr inbounds nuw i8, ptr %199, i64 12288
+  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
+  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 12288
+  %236 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
+  %237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %236, <16 x float> %191)
+  store <16 x float> %237, ptr %235, align 4, !tbaa !8
+  %238 = getelementptr inbounds nuw i8, ptr %199, i64 13312
+  store <16 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
+  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 13312
+  %239 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %239, <16 x float> %193)
+  store <16 x float> %240, ptr %238, align 4, !tbaa !8
+  %241 = getelementptr inbounds nuw i8, ptr %199, i64 14336
+  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !8
+  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 14336
+  %242 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
+  %243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %166, <16 x float> %242, <16 x float> %195)
+  store <16 x float> %243, ptr %241, align 4, !tbaa !8
+  %244 = getelementptr inbounds nuw i8, ptr %199, i64 15360
+  store <16 x float> zeroinitializer, ptr %244, align 4, !tbaa !8
+  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 15360
+  %245 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %245, <16 x float> %197)
+  store <16 x float> %246, ptr %244, align 4, !tbaa !8
   %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
   %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 16
   br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %sext33 = shl i64 %24, 32
-  %235 = ashr exact i64 %sext33, 32
-  %236 = getelementptr inbounds i32, ptr %context_lens, i64 %235
-  %237 = load i32, ptr %236, align 4, !tbaa !8
-  %238 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %239 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %240 = select <16 x i1> %239, <16 x float> zeroinitializer, <16 x float> %238
-  store <16 x float> %240, ptr %factor34.i, align 16, !tbaa !11
-  %241 = mul nsw i64 %out_batch, %235
-  %242 = getelementptr i16, ptr %out, i64 %241
+  %247 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %248 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %249 = select <16 x i1> %248, <16 x float> zeroinitializer, <16 x float> %247
+  store <16 x float> %249, ptr %factor34.i, align 16, !tbaa !11
+  %sext = shl i64 %20, 32
+  %250 = ashr exact i64 %sext, 32
+  %251 = mul nsw i64 %out_batch, %250
+  %252 = getelementptr i16, ptr %out, i64 %251
   br label %for_begin_d_019.preheader.i
 
 for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
-  %243 = shl nuw nsw i64 %indvars.iv.i, 4
-  %invariant.gep.i = getelementptr float, ptr %107, i64 %243
-  %244 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
-  %245 = getelementptr inbounds nuw float, ptr %acc.i, i64 %243
-  %246 = load <16 x float>, ptr %245, align 4, !tbaa !8
-  %247 = fmul <16 x float> %110, %246
-  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %244, <16 x float> %247)
-  store <16 x float> %248, ptr %245, align 4, !tbaa !8
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
-  %249 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %245, i64 1024
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <16 x float> %112, %251
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %249, <16 x float> %252)
-  store <16 x float> %253, ptr %250, align 4, !tbaa !8
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
-  %254 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %255 = getelementptr inbounds nuw i8, ptr %245, i64 2048
+  %253 = shl nuw nsw i64 %indvars.iv.i, 4
+  %invariant.gep.i = getelementptr float, ptr %119, i64 %253
+  %254 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw float, ptr %acc.i, i64 %253
   %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
-  %257 = fmul <16 x float> %113, %256
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %254, <16 x float> %257)
+  %257 = fmul <16 x float> %122, %256
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %254, <16 x float> %257)
   store <16 x float> %258, ptr %255, align 4, !tbaa !8
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
-  %259 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %245, i64 3072
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
+  %259 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %260 = getelementptr inbounds nuw i8, ptr %255, i64 1024
   %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %115, %261
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %114, <16 x float> %259, <16 x float> %262)
+  %262 = fmul <16 x float> %124, %261
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %259, <16 x float> %262)
   store <16 x float> %263, ptr %260, align 4, !tbaa !8
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
-  %264 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %265 = getelementptr inbounds nuw i8, ptr %245, i64 4096
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
+  %264 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw i8, ptr %255, i64 2048
   %266 = load <16 x float>, ptr %265, align 4, !tbaa !8
-  %267 = fmul <16 x float> %117, %266
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %264, <16 x float> %267)
+  %267 = fmul <16 x float> %125, %266
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %264, <16 x float> %267)
   store <16 x float> %268, ptr %265, align 4, !tbaa !8
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
-  %269 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %245, i64 5120
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
+  %269 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw i8, ptr %255, i64 3072
   %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <16 x float> %119, %271
-  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %118, <16 x float> %269, <16 x float> %272)
+  %272 = fmul <16 x float> %127, %271
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %269, <16 x float> %272)
   store <16 x float> %273, ptr %270, align 4, !tbaa !8
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
-  %274 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw i8, ptr %245, i64 6144
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
+  %274 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw i8, ptr %255, i64 4096
   %276 = load <16 x float>, ptr %275, align 4, !tbaa !8
-  %277 = fmul <16 x float> %121, %276
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %274, <16 x float> %277)
+  %277 = fmul <16 x float> %129, %276
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %274, <16 x float> %277)
   store <16 x float> %278, ptr %275, align 4, !tbaa !8
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
-  %279 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %245, i64 7168
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
+  %279 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw i8, ptr %255, i64 5120
   %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %123, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %279, <16 x float> %282)
+  %282 = fmul <16 x float> %131, %281
+  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %279, <16 x float> %282)
   store <16 x float> %283, ptr %280, align 4, !tbaa !8
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 8192
-  %284 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
-  %285 = getelementptr inbounds nuw i8, ptr %245, i64 8192
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
+  %284 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %285 = getelementptr inbounds nuw i8, ptr %255, i64 6144
   %286 = load <16 x float>, ptr %285, align 4, !tbaa !8
-  %287 = fmul <16 x float> %125, %286
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %124, <16 x float> %284, <16 x float> %287)
+  %287 = fmul <16 x float> %133, %286
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %284, <16 x float> %287)
   store <16 x float> %288, ptr %285, align 4, !tbaa !8
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 9216
-  %289 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %245, i64 9216
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
+  %289 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw i8, ptr %255, i64 7168
   %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %127, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %289, <16 x float> %292)
+  %292 = fmul <16 x float> %135, %291
+  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %289, <16 x float> %292)
   store <16 x float> %293, ptr %290, align 4, !tbaa !8
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 10240
-  %294 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw i8, ptr %245, i64 10240
+  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 8192
+  %294 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw i8, ptr %255, i64 8192
   %296 = load <16 x float>, ptr %295, align 4, !tbaa !8
-  %297 = fmul <16 x float> %129, %296
-  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %294, <16 x float> %297)
+  %297 = fmul <16 x float> %137, %296
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %294, <16 x float> %297)
   store <16 x float> %298, ptr %295, align 4, !tbaa !8
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 11264
-  %299 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %245, i64 11264
+  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 9216
+  %299 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
+  %300 = getelementptr inbounds nuw i8, ptr %255, i64 9216
   %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <16 x float> %131, %301
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %299, <16 x float> %302)
+  %302 = fmul <16 x float> %139, %301
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %299, <16 x float> %302)
   store <16 x float> %303, ptr %300, align 4, !tbaa !8
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 12288
-  %304 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
-  %305 = getelementptr inbounds nuw i8, ptr %245, i64 12288
+  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 10240
+  %304 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
+  %305 = getelementptr inbounds nuw i8, ptr %255, i64 10240
   %306 = load <16 x float>, ptr %305, align 4, !tbaa !8
-  %307 = fmul <16 x float> %133, %306
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %304, <16 x float> %307)
+  %307 = fmul <16 x float> %141, %306
+  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %304, <16 x float> %307)
   store <16 x float> %308, ptr %305, align 4, !tbaa !8
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 13312
-  %309 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %245, i64 13312
+  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 11264
+  %309 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
+  %310 = getelementptr inbounds nuw i8, ptr %255, i64 11264
   %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <16 x float> %135, %311
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %309, <16 x float> %312)
+  %312 = fmul <16 x float> %143, %311
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %309, <16 x float> %312)
   store <16 x float> %313, ptr %310, align 4, !tbaa !8
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 14336
-  %314 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
-  %315 = getelementptr inbounds nuw i8, ptr %245, i64 14336
+  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 12288
+  %314 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw i8, ptr %255, i64 12288
   %316 = load <16 x float>, ptr %315, align 4, !tbaa !8
-  %317 = fmul <16 x float> %137, %316
-  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %314, <16 x float> %317)
+  %317 = fmul <16 x float> %145, %316
+  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %314, <16 x float> %317)
   store <16 x float> %318, ptr %315, align 4, !tbaa !8
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 15360
-  %319 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
-  %320 = getelementptr inbounds nuw i8, ptr %245, i64 15360
+  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 13312
+  %319 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw i8, ptr %255, i64 13312
   %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
-  %322 = fmul <16 x float> %139, %321
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %319, <16 x float> %322)
+  %322 = fmul <16 x float> %147, %321
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %319, <16 x float> %322)
   store <16 x float> %323, ptr %320, align 4, !tbaa !8
+  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 14336
+  %324 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
+  %325 = getelementptr inbounds nuw i8, ptr %255, i64 14336
+  %326 = load <16 x float>, ptr %325, align 4, !tbaa !8
+  %327 = fmul <16 x float> %149, %326
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %324, <16 x float> %327)
+  store <16 x float> %328, ptr %325, align 4, !tbaa !8
+  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 15360
+  %329 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
+  %330 = getelementptr inbounds nuw i8, ptr %255, i64 15360
+  %331 = load <16 x float>, ptr %330, align 4, !tbaa !8
+  %332 = fmul <16 x float> %151, %331
+  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %329, <16 x float> %332)
+  store <16 x float> %333, ptr %330, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
 
 for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
-  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
-  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+  %334 = add nuw nsw i32 %step46.i, 1
+  %exitcond66.not.i = icmp eq i32 %334, %num_partials
+  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
-  %324 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
-  %325 = load float, ptr %324, align 4, !tbaa !19
-  %326 = insertelement <16 x float> poison, float %325, i64 0
-  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
-  %328 = mul nsw i64 %indvars.iv74.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %242, i64 %328
-  %.idx = shl nuw nsw i64 %indvars.iv74.i, 10
-  %329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !8
-  %331 = fmul <16 x float> %330, %327
-  %332 = bitcast <16 x float> %331 to <16 x i32>
-  %333 = lshr <16 x i32> %332, splat (i32 16)
-  %334 = and <16 x i32> %333, splat (i32 1)
-  %335 = add nuw <16 x i32> %332, splat (i32 32767)
-  %336 = add nuw <16 x i32> %335, %334
-  %337 = lshr <16 x i32> %336, splat (i32 16)
-  %338 = trunc nuw <16 x i32> %337 to <16 x i16>
-  store <16 x i16> %338, ptr %invariant.gep49.i, align 2, !tbaa !8
-  %339 = getelementptr inbounds nuw i8, ptr %329, i64 64
-  %340 = load <16 x float>, ptr %339, align 4, !tbaa !8
-  %341 = fmul <16 x float> %327, %340
-  %342 = bitcast <16 x float> %341 to <16 x i32>
-  %343 = lshr <16 x i32> %342, splat (i32 16)
-  %344 = and <16 x i32> %343, splat (i32 1)
-  %345 = add nuw <16 x i32> %342, splat (i32 32767)
-  %346 = add nuw <16 x i32> %345, %344
-  %347 = lshr <16 x i32> %346, splat (i32 16)
-  %348 = trunc nuw <16 x i32> %347 to <16 x i16>
+  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_019.preheader.i ]
+  %335 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv71.i
+  %336 = load float, ptr %335, align 4, !tbaa !19
+  %337 = insertelement <16 x float> poison, float %336, i64 0
+  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
+  %339 = mul nsw i64 %indvars.iv71.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %252, i64 %339
+  %.idx = shl nuw nsw i64 %indvars.iv71.i, 10
+  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !8
+  %342 = fmul <16 x float> %341, %338
+  %343 = bitcast <16 x float> %342 to <16 x i32>
+  %344 = lshr <16 x i32> %343, splat (i32 16)
+  %345 = and <16 x i32> %344, splat (i32 1)
+  %346 = add nuw <16 x i32> %343, splat (i32 32767)
+  %347 = add nuw <16 x i32> %346, %345
+  %348 = lshr <16 x i32> %347, splat (i32 16)
+  %349 = trunc nuw <16 x i32> %348 to <16 x i16>
+  store <16 x i16> %349, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %350 = getelementptr inbounds nuw i8, ptr %340, i64 64
+  %351 = load <16 x float>, ptr %350, align 4, !tbaa !8
+  %352 = fmul <16 x float> %338, %351
+  %353 = bitcast <16 x float> %352 to <16 x i32>
+  %354 = lshr <16 x i32> %353, splat (i32 16)
+  %355 = and <16 x i32> %354, splat (i32 1)
+  %356 = add nuw <16 x i32> %353, splat (i32 32767)
+  %357 = add nuw <16 x i32> %356, %355
+  %358 = lshr <16 x i32> %357, splat (i32 16)
+  %359 = trunc nuw <16 x i32> %358 to <16 x i16>
   %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <16 x i16> %348, ptr %gep50.1.i, align 2, !tbaa !8
-  %349 = getelementptr inbounds nuw i8, ptr %329, i64 128
-  %350 = load <16 x float>, ptr %349, align 4, !tbaa !8
-  %351 = fmul <16 x float> %327, %350
-  %352 = bitcast <16 x float> %351 to <16 x i32>
-  %353 = lshr <16 x i32> %352, splat (i32 16)
-  %354 = and <16 x i32> %353, splat (i32 1)
-  %355 = add nuw <16 x i32> %352, splat (i32 32767)
-  %356 = add nuw <16 x i32> %355, %354
-  %357 = lshr <16 x i32> %356, splat (i32 16)
-  %358 = trunc nuw <16 x i32> %357 to <16 x i16>
+  store <16 x i16> %359, ptr %gep50.1.i, align 2, !tbaa !8
+  %360 = getelementptr inbounds nuw i8, ptr %340, i64 128
+  %361 = load <16 x float>, ptr %360, align 4, !tbaa !8
+  %362 = fmul <16 x float> %338, %361
+  %363 = bitcast <16 x float> %362 to <16 x i32>
+  %364 = lshr <16 x i32> %363, splat (i32 16)
+  %365 = and <16 x i32> %364, splat (i32 1)
+  %366 = add nuw <16 x i32> %363, splat (i32 32767)
+  %367 = add nuw <16 x i32> %366, %365
+  %368 = lshr <16 x i32> %367, splat (i32 16)
+  %369 = trunc nuw <16 x i32> %368 to <16 x i16>
   %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <16 x i16> %358, ptr %gep50.2.i, align 2, !tbaa !8
-  %359 = getelementptr inbounds nuw i8, ptr %329, i64 192
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !8
-  %361 = fmul <16 x float> %327, %360
-  %362 = bitcast <16 x float> %361 to <16 x i32>
-  %363 = lshr <16 x i32> %362, splat (i32 16)
-  %364 = and <16 x i32> %363, splat (i32 1)
-  %365 = add nuw <16 x i32> %362, splat (i32 32767)
-  %366 = add nuw <16 x i32> %365, %364
-  %367 = lshr <16 x i32> %366, splat (i32 16)
-  %368 = trunc nuw <16 x i32> %367 to <16 x i16>
+  store <16 x i16> %369, ptr %gep50.2.i, align 2, !tbaa !8
+  %370 = getelementptr inbounds nuw i8, ptr %340, i64 192
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !8
+  %372 = fmul <16 x float> %338, %371
+  %373 = bitcast <16 x float> %372 to <16 x i32>
+  %374 = lshr <16 x i32> %373, splat (i32 16)
+  %375 = and <16 x i32> %374, splat (i32 1)
+  %376 = add nuw <16 x i32> %373, splat (i32 32767)
+  %377 = add nuw <16 x i32> %376, %375
+  %378 = lshr <16 x i32> %377, splat (i32 16)
+  %379 = trunc nuw <16 x i32> %378 to <16 x i16>
   %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <16 x i16> %368, ptr %gep50.3.i, align 2, !tbaa !8
-  %369 = getelementptr inbounds nuw i8, ptr %329, i64 256
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !8
-  %371 = fmul <16 x float> %327, %370
-  %372 = bitcast <16 x float> %371 to <16 x i32>
-  %373 = lshr <16 x i32> %372, splat (i32 16)
-  %374 = and <16 x i32> %373, splat (i32 1)
-  %375 = add nuw <16 x i32> %372, splat (i32 32767)
-  %376 = add nuw <16 x i32> %375, %374
-  %377 = lshr <16 x i32> %376, splat (i32 16)
-  %378 = trunc nuw <16 x i32> %377 to <16 x i16>
+  store <16 x i16> %379, ptr %gep50.3.i, align 2, !tbaa !8
+  %380 = getelementptr inbounds nuw i8, ptr %340, i64 256
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !8
+  %382 = fmul <16 x float> %338, %381
+  %383 = bitcast <16 x float> %382 to <16 x i32>
+  %384 = lshr <16 x i32> %383, splat (i32 16)
+  %385 = and <16 x i32> %384, splat (i32 1)
+  %386 = add nuw <16 x i32> %383, splat (i32 32767)
+  %387 = add nuw <16 x i32> %386, %385
+  %388 = lshr <16 x i32> %387, splat (i32 16)
+  %389 = trunc nuw <16 x i32> %388 to <16 x i16>
   %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <16 x i16> %378, ptr %gep50.4.i, align 2, !tbaa !8
-  %379 = getelementptr inbounds nuw i8, ptr %329, i64 320
-  %380 = load <16 x float>, ptr %379, align 4, !tbaa !8
-  %381 = fmul <16 x float> %327, %380
-  %382 = bitcast <16 x float> %381 to <16 x i32>
-  %383 = lshr <16 x i32> %382, splat (i32 16)
-  %384 = and <16 x i32> %383, splat (i32 1)
-  %385 = add nuw <16 x i32> %382, splat (i32 32767)
-  %386 = add nuw <16 x i32> %385, %384
-  %387 = lshr <16 x i32> %386, splat (i32 16)
-  %388 = trunc nuw <16 x i32> %387 to <16 x i16>
+  store <16 x i16> %389, ptr %gep50.4.i, align 2, !tbaa !8
+  %390 = getelementptr inbounds nuw i8, ptr %340, i64 320
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !8
+  %392 = fmul <16 x float> %338, %391
+  %393 = bitcast <16 x float> %392 to <16 x i32>
+  %394 = lshr <16 x i32> %393, splat (i32 16)
+  %395 = and <16 x i32> %394, splat (i32 1)
+  %396 = add nuw <16 x i32> %393, splat (i32 32767)
+  %397 = add nuw <16 x i32> %396, %395
+  %398 = lshr <16 x i32> %397, splat (i32 16)
+  %399 = trunc nuw <16 x i32> %398 to <16 x i16>
   %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <16 x i16> %388, ptr %gep50.5.i, align 2, !tbaa !8
-  %389 = getelementptr inbounds nuw i8, ptr %329, i64 384
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !8
-  %391 = fmul <16 x float> %327, %390
-  %392 = bitcast <16 x float> %391 to <16 x i32>
-  %393 = lshr <16 x i32> %392, splat (i32 16)
-  %394 = and <16 x i32> %393, splat (i32 1)
-  %395 = add nuw <16 x i32> %392, splat (i32 32767)
-  %396 = add nuw <16 x i32> %395, %394
-  %397 = lshr <16 x i32> %396, splat (i32 16)
-  %398 = trunc nuw <16 x i32> %397 to <16 x i16>
+  store <16 x i16> %399, ptr %gep50.5.i, align 2, !tbaa !8
+  %400 = getelementptr inbounds nuw i8, ptr %340, i64 384
+  %401 = load <16 x float>, ptr %400, align 4, !tbaa !8
+  %402 = fmul <16 x float> %338, %401
+  %403 = bitcast <16 x float> %402 to <16 x i32>
+  %404 = lshr <16 x i32> %403, splat (i32 16)
+  %405 = and <16 x i32> %404, splat (i32 1)
+  %406 = add nuw <16 x i32> %403, splat (i32 32767)
+  %407 = add nuw <16 x i32> %406, %405
+  %408 = lshr <16 x i32> %407, splat (i32 16)
+  %409 = trunc nuw <16 x i32> %408 to <16 x i16>
   %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <16 x i16> %398, ptr %gep50.6.i, align 2, !tbaa !8
-  %399 = getelementptr inbounds nuw i8, ptr %329, i64 448
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !8
-  %401 = fmul <16 x float> %327, %400
-  %402 = bitcast <16 x float> %401 to <16 x i32>
-  %403 = lshr <16 x i32> %402, splat (i32 16)
-  %404 = and <16 x i32> %403, splat (i32 1)
-  %405 = add nuw <16 x i32> %402, splat (i32 32767)
-  %406 = add nuw <16 x i32> %405, %404
-  %407 = lshr <16 x i32> %406, splat (i32 16)
-  %408 = trunc nuw <16 x i32> %407 to <16 x i16>
+  store <16 x i16> %409, ptr %gep50.6.i, align 2, !tbaa !8
+  %410 = getelementptr inbounds nuw i8, ptr %340, i64 448
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !8
+  %412 = fmul <16 x float> %338, %411
+  %413 = bitcast <16 x float> %412 to <16 x i32>
+  %414 = lshr <16 x i32> %413, splat (i32 16)
+  %415 = and <16 x i32> %414, splat (i32 1)
+  %416 = add nuw <16 x i32> %413, splat (i32 32767)
+  %417 = add nuw <16 x i32> %416, %415
+  %418 = lshr <16 x i32> %417, splat (i32 16)
+  %419 = trunc nuw <16 x i32> %418 to <16 x i16>
   %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <16 x i16> %408, ptr %gep50.7.i, align 2, !tbaa !8
-  %409 = getelementptr inbounds nuw i8, ptr %329, i64 512
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !8
-  %411 = fmul <16 x float> %327, %410
-  %412 = bitcast <16 x float> %411 to <16 x i32>
-  %413 = lshr <16 x i32> %412, splat (i32 16)
-  %414 = and <16 x i32> %413, splat (i32 1)
-  %415 = add nuw <16 x i32> %412, splat (i32 32767)
-  %416 = add nuw <16 x i32> %415, %414
-  %417 = lshr <16 x i32> %416, splat (i32 16)
-  %418 = trunc nuw <16 x i32> %417 to <16 x i16>
+  store <16 x i16> %419, ptr %gep50.7.i, align 2, !tbaa !8
+  %420 = getelementptr inbounds nuw i8, ptr %340, i64 512
+  %421 = load <16 x float>, ptr %420, align 4, !tbaa !8
+  %422 = fmul <16 x float> %338, %421
+  %423 = bitcast <16 x float> %422 to <16 x i32>
+  %424 = lshr <16 x i32> %423, splat (i32 16)
+  %425 = and <16 x i32> %424, splat (i32 1)
+  %426 = add nuw <16 x i32> %423, splat (i32 32767)
+  %427 = add nuw <16 x i32> %426, %425
+  %428 = lshr <16 x i32> %427, splat (i32 16)
+  %429 = trunc nuw <16 x i32> %428 to <16 x i16>
   %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
-  store <16 x i16> %418, ptr %gep50.8.i, align 2, !tbaa !8
-  %419 = getelementptr inbounds nuw i8, ptr %329, i64 576
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !8
-  %421 = fmul <16 x float> %327, %420
-  %422 = bitcast <16 x float> %421 to <16 x i32>
-  %423 = lshr <16 x i32> %422, splat (i32 16)
-  %424 = and <16 x i32> %423, splat (i32 1)
-  %425 = add nuw <16 x i32> %422, splat (i32 32767)
-  %426 = add nuw <16 x i32> %425, %424
-  %427 = lshr <16 x i32> %426, splat (i32 16)
-  %428 = trunc nuw <16 x i32> %427 to <16 x i16>
+  store <16 x i16> %429, ptr %gep50.8.i, align 2, !tbaa !8
+  %430 = getelementptr inbounds nuw i8, ptr %340, i64 576
+  %431 = load <16 x float>, ptr %430, align 4, !tbaa !8
+  %432 = fmul <16 x float> %338, %431
+  %433 = bitcast <16 x float> %432 to <16 x i32>
+  %434 = lshr <16 x i32> %433, splat (i32 16)
+  %435 = and <16 x i32> %434, splat (i32 1)
+  %436 = add nuw <16 x i32> %433, splat (i32 32767)
+  %437 = add nuw <16 x i32> %436, %435
+  %438 = lshr <16 x i32> %437, splat (i32 16)
+  %439 = trunc nuw <16 x i32> %438 to <16 x i16>
   %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
-  store <16 x i16> %428, ptr %gep50.9.i, align 2, !tbaa !8
-  %429 = getelementptr inbounds nuw i8, ptr %329, i64 640
-  %430 = load <16 x float>, ptr %429, align 4, !tbaa !8
-  %431 = fmul <16 x float> %327, %430
-  %432 = bitcast <16 x float> %431 to <16 x i32>
-  %433 = lshr <16 x i32> %432, splat (i32 16)
-  %434 = and <16 x i32> %433, splat (i32 1)
-  %435 = add nuw <16 x i32> %432, splat (i32 32767)
-  %436 = add nuw <16 x i32> %435, %434
-  %437 = lshr <16 x i32> %436, splat (i32 16)
-  %438 = trunc nuw <16 x i32> %437 to <16 x i16>
+  store <16 x i16> %439, ptr %gep50.9.i, align 2, !tbaa !8
+  %440 = getelementptr inbounds nuw i8, ptr %340, i64 640
+  %441 = load <16 x float>, ptr %440, align 4, !tbaa !8
+  %442 = fmul <16 x float> %338, %441
+  %443 = bitcast <16 x float> %442 to <16 x i32>
+  %444 = lshr <16 x i32> %443, splat (i32 16)
+  %445 = and <16 x i32> %444, splat (i32 1)
+  %446 = add nuw <16 x i32> %443, splat (i32 32767)
+  %447 = add nuw <16 x i32> %446, %445
+  %448 = lshr <16 x i32> %447, splat (i32 16)
+  %449 = trunc nuw <16 x i32> %448 to <16 x i16>
   %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
-  store <16 x i16> %438, ptr %gep50.10.i, align 2, !tbaa !8
-  %439 = getelementptr inbounds nuw i8, ptr %329, i64 704
-  %440 = load <16 x float>, ptr %439, align 4, !tbaa !8
-  %441 = fmul <16 x float> %327, %440
-  %442 = bitcast <16 x float> %441 to <16 x i32>
-  %443 = lshr <16 x i32> %442, splat (i32 16)
-  %444 = and <16 x i32> %443, splat (i32 1)
-  %445 = add nuw <16 x i32> %442, splat (i32 32767)
-  %446 = add nuw <16 x i32> %445, %444
-  %447 = lshr <16 x i32> %446, splat (i32 16)
-  %448 = trunc nuw <16 x i32> %447 to <16 x i16>
+  store <16 x i16> %449, ptr %gep50.10.i, align 2, !tbaa !8
+  %450 = getelementptr inbounds nuw i8, ptr %340, i64 704
+  %451 = load <16 x float>, ptr %450, align 4, !tbaa !8
+  %452 = fmul <16 x float> %338, %451
+  %453 = bitcast <16 x float> %452 to <16 x i32>
+  %454 = lshr <16 x i32> %453, splat (i32 16)
+  %455 = and <16 x i32> %454, splat (i32 1)
+  %456 = add nuw <16 x i32> %453, splat (i32 32767)
+  %457 = add nuw <16 x i32> %456, %455
+  %458 = lshr <16 x i32> %457, splat (i32 16)
+  %459 = trunc nuw <16 x i32> %458 to <16 x i16>
   %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
-  store <16 x i16> %448, ptr %gep50.11.i, align 2, !tbaa !8
-  %449 = getelementptr inbounds nuw i8, ptr %329, i64 768
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !8
-  %451 = fmul <16 x float> %327, %450
-  %452 = bitcast <16 x float> %451 to <16 x i32>
-  %453 = lshr <16 x i32> %452, splat (i32 16)
-  %454 = and <16 x i32> %453, splat (i32 1)
-  %455 = add nuw <16 x i32> %452, splat (i32 32767)
-  %456 = add nuw <16 x i32> %455, %454
-  %457 = lshr <16 x i32> %456, splat (i32 16)
-  %458 = trunc nuw <16 x i32> %457 to <16 x i16>
+  store <16 x i16> %459, ptr %gep50.11.i, align 2, !tbaa !8
+  %460 = getelementptr inbounds nuw i8, ptr %340, i64 768
+  %461 = load <16 x float>, ptr %460, align 4, !tbaa !8
+  %462 = fmul <16 x float> %338, %461
+  %463 = bitcast <16 x float> %462 to <16 x i32>
+  %464 = lshr <16 x i32> %463, splat (i32 16)
+  %465 = and <16 x i32> %464, splat (i32 1)
+  %466 = add nuw <16 x i32> %463, splat (i32 32767)
+  %467 = add nuw <16 x i32> %466, %465
+  %468 = lshr <16 x i32> %467, splat (i32 16)
+  %469 = trunc nuw <16 x i32> %468 to <16 x i16>
   %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
-  store <16 x i16> %458, ptr %gep50.12.i, align 2, !tbaa !8
-  %459 = getelementptr inbounds nuw i8, ptr %329, i64 832
-  %460 = load <16 x float>, ptr %459, align 4, !tbaa !8
-  %461 = fmul <16 x float> %327, %460
-  %462 = bitcast <16 x float> %461 to <16 x i32>
-  %463 = lshr <16 x i32> %462, splat (i32 16)
-  %464 = and <16 x i32> %463, splat (i32 1)
-  %465 = add nuw <16 x i32> %462, splat (i32 32767)
-  %466 = add nuw <16 x i32> %465, %464
-  %467 = lshr <16 x i32> %466, splat (i32 16)
-  %468 = trunc nuw <16 x i32> %467 to <16 x i16>
+  store <16 x i16> %469, ptr %gep50.12.i, align 2, !tbaa !8
+  %470 = getelementptr inbounds nuw i8, ptr %340, i64 832
+  %471 = load <16 x float>, ptr %470, align 4, !tbaa !8
+  %472 = fmul <16 x float> %338, %471
+  %473 = bitcast <16 x float> %472 to <16 x i32>
+  %474 = lshr <16 x i32> %473, splat (i32 16)
+  %475 = and <16 x i32> %474, splat (i32 1)
+  %476 = add nuw <16 x i32> %473, splat (i32 32767)
+  %477 = add nuw <16 x i32> %476, %475
+  %478 = lshr <16 x i32> %477, splat (i32 16)
+  %479 = trunc nuw <16 x i32> %478 to <16 x i16>
   %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
-  store <16 x i16> %468, ptr %gep50.13.i, align 2, !tbaa !8
-  %469 = getelementptr inbounds nuw i8, ptr %329, i64 896
-  %470 = load <16 x float>, ptr %469, align 4, !tbaa !8
-  %471 = fmul <16 x float> %327, %470
-  %472 = bitcast <16 x float> %471 to <16 x i32>
-  %473 = lshr <16 x i32> %472, splat (i32 16)
-  %474 = and <16 x i32> %473, splat (i32 1)
-  %475 = add nuw <16 x i32> %472, splat (i32 32767)
-  %476 = add nuw <16 x i32> %475, %474
-  %477 = lshr <16 x i32> %476, splat (i32 16)
-  %478 = trunc nuw <16 x i32> %477 to <16 x i16>
+  store <16 x i16> %479, ptr %gep50.13.i, align 2, !tbaa !8
+  %480 = getelementptr inbounds nuw i8, ptr %340, i64 896
+  %481 = load <16 x float>, ptr %480, align 4, !tbaa !8
+  %482 = fmul <16 x float> %338, %481
+  %483 = bitcast <16 x float> %482 to <16 x i32>
+  %484 = lshr <16 x i32> %483, splat (i32 16)
+  %485 = and <16 x i32> %484, splat (i32 1)
+  %486 = add nuw <16 x i32> %483, splat (i32 32767)
+  %487 = add nuw <16 x i32> %486, %485
+  %488 = lshr <16 x i32> %487, splat (i32 16)
+  %489 = trunc nuw <16 x i32> %488 to <16 x i16>
   %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
-  store <16 x i16> %478, ptr %gep50.14.i, align 2, !tbaa !8
-  %479 = getelementptr inbounds nuw i8, ptr %329, i64 960
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !8
-  %481 = fmul <16 x float> %327, %480
-  %482 = bitcast <16 x float> %481 to <16 x i32>
-  %483 = lshr <16 x i32> %482, splat (i32 16)
-  %484 = and <16 x i32> %483, splat (i32 1)
-  %485 = add nuw <16 x i32> %482, splat (i32 32767)
-  %486 = add nuw <16 x i32> %485, %484
-  %487 = lshr <16 x i32> %486, splat (i32 16)
-  %488 = trunc nuw <16 x i32> %487 to <16 x i16>
+  store <16 x i16> %489, ptr %gep50.14.i, align 2, !tbaa !8
+  %490 = getelementptr inbounds nuw i8, ptr %340, i64 960
+  %491 = load <16 x float>, ptr %490, align 4, !tbaa !8
+  %492 = fmul <16 x float> %338, %491
+  %493 = bitcast <16 x float> %492 to <16 x i32>
+  %494 = lshr <16 x i32> %493, splat (i32 16)
+  %495 = and <16 x i32> %494, splat (i32 1)
+  %496 = add nuw <16 x i32> %493, splat (i32 32767)
+  %497 = add nuw <16 x i32> %496, %495
+  %498 = lshr <16 x i32> %497, splat (i32 16)
+  %499 = trunc nuw <16 x i32> %498 to <16 x i16>
   %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
-  store <16 x i16> %488, ptr %gep50.15.i, align 2, !tbaa !8
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 16
-  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
+  store <16 x i16> %499, ptr %gep50.15.i, align 2, !tbaa !8
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
+  br i1 %exitcond74.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %489 = add nsw i32 %237, -1
-  %490 = sitofp i32 %489 to float
-  %491 = bitcast float %490 to i32
-  %492 = ashr i32 %491, 23
-  %493 = tail call i32 @llvm.smax.i32(i32 %492, i32 125)
-  %494 = mul nsw i64 %lse_batch, %235
-  %495 = getelementptr float, ptr %lse, i64 %494
-  %496 = shl nuw nsw i32 %493, 23
-  %497 = add nuw i32 %496, 16777216
-  %498 = bitcast i32 %497 to float
+  %500 = add nsw i32 %num_keys, -1
+  %501 = sitofp i32 %500 to float
+  %502 = bitcast float %501 to i32
+  %503 = ashr i32 %502, 23
+  %504 = mul nsw i64 %lse_batch, %250
+  %505 = getelementptr float, ptr %lse, i64 %504
+  %506 = tail call i32 @llvm.smax.i32(i32 %503, i32 125)
+  %507 = shl nuw nsw i32 %506, 23
+  %508 = add nuw i32 %507, 16777216
+  %509 = bitcast i32 %508 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %499 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %499, label %if_end30.i, label %if_else.i
+  %510 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %510, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %500 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %498
-  %501 = tail call float @llvm.log.f32(float %500)
+  %511 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %509
+  %512 = tail call float @llvm.log.f32(float %511)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %502 = fadd float %row_max40.sroa.0.0.vec.extract.i, %501
+  %513 = fadd float %row_max40.sroa.0.0.vec.extract.i, %512
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %503 = phi float [ %502, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %503, ptr %495, align 4, !tbaa !8
+  %514 = phi float [ %513, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %514, ptr %505, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %504 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %504, label %if_end30.1.i, label %if_else.1.i
+  %515 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %515, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %505 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %498
-  %506 = tail call float @llvm.log.f32(float %505)
+  %516 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %509
+  %517 = tail call float @llvm.log.f32(float %516)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %507 = fadd float %row_max40.sroa.0.4.vec.extract.i, %506
+  %518 = fadd float %row_max40.sroa.0.4.vec.extract.i, %517
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %508 = phi float [ %507, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %509 = getelementptr i8, ptr %495, i64 4
-  store float %508, ptr %509, align 4, !tbaa !8
+  %519 = phi float [ %518, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %520 = getelementptr i8, ptr %505, i64 4
+  store float %519, ptr %520, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %510 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %510, label %if_end30.2.i, label %if_else.2.i
+  %521 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %521, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %511 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %498
-  %512 = tail call float @llvm.log.f32(float %511)
+  %522 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %509
+  %523 = tail call float @llvm.log.f32(float %522)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %513 = fadd float %row_max40.sroa.0.8.vec.extract.i, %512
+  %524 = fadd float %row_max40.sroa.0.8.vec.extract.i, %523
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %514 = phi float [ %513, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %515 = getelementptr i8, ptr %495, i64 8
-  store float %514, ptr %515, align 4, !tbaa !8
+  %525 = phi float [ %524, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %526 = getelementptr i8, ptr %505, i64 8
+  store float %525, ptr %526, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %516 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %516, label %if_end30.3.i, label %if_else.3.i
+  %527 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %527, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %517 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %498
-  %518 = tail call float @llvm.log.f32(float %517)
+  %528 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %509
+  %529 = tail call float @llvm.log.f32(float %528)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %519 = fadd float %row_max40.sroa.0.12.vec.extract.i, %518
+  %530 = fadd float %row_max40.sroa.0.12.vec.extract.i, %529
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %520 = phi float [ %519, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %521 = getelementptr i8, ptr %495, i64 12
-  store float %520, ptr %521, align 4, !tbaa !8
+  %531 = phi float [ %530, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %532 = getelementptr i8, ptr %505, i64 12
+  store float %531, ptr %532, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %522 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %522, label %if_end30.4.i, label %if_else.4.i
+  %533 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %533, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %523 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %498
-  %524 = tail call float @llvm.log.f32(float %523)
+  %534 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %509
+  %535 = tail call float @llvm.log.f32(float %534)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %525 = fadd float %row_max40.sroa.0.16.vec.extract.i, %524
+  %536 = fadd float %row_max40.sroa.0.16.vec.extract.i, %535
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %526 = phi float [ %525, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %527 = getelementptr i8, ptr %495, i64 16
-  store float %526, ptr %527, align 4, !tbaa !8
+  %537 = phi float [ %536, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %538 = getelementptr i8, ptr %505, i64 16
+  store float %537, ptr %538, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %528 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %528, label %if_end30.5.i, label %if_else.5.i
+  %539 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %539, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %529 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %498
-  %530 = tail call float @llvm.log.f32(float %529)
+  %540 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %509
+  %541 = tail call float @llvm.log.f32(float %540)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %531 = fadd float %row_max40.sroa.0.20.vec.extract.i, %530
+  %542 = fadd float %row_max40.sroa.0.20.vec.extract.i, %541
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %532 = phi float [ %531, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %533 = getelementptr i8, ptr %495, i64 20
-  store float %532, ptr %533, align 4, !tbaa !8
+  %543 = phi float [ %542, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %544 = getelementptr i8, ptr %505, i64 20
+  store float %543, ptr %544, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %534 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %534, label %if_end30.6.i, label %if_else.6.i
+  %545 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %545, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %535 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %498
-  %536 = tail call float @llvm.log.f32(float %535)
+  %546 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %509
+  %547 = tail call float @llvm.log.f32(float %546)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %537 = fadd float %row_max40.sroa.0.24.vec.extract.i, %536
+  %548 = fadd float %row_max40.sroa.0.24.vec.extract.i, %547
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %538 = phi float [ %537, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %539 = getelementptr i8, ptr %495, i64 24
-  store float %538, ptr %539, align 4, !tbaa !8
+  %549 = phi float [ %548, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %550 = getelementptr i8, ptr %505, i64 24
+  store float %549, ptr %550, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %540 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %540, label %if_end30.7.i, label %if_else.7.i
+  %551 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %551, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %541 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %498
-  %542 = tail call float @llvm.log.f32(float %541)
+  %552 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %509
+  %553 = tail call float @llvm.log.f32(float %552)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %543 = fadd float %row_max40.sroa.0.28.vec.extract.i, %542
+  %554 = fadd float %row_max40.sroa.0.28.vec.extract.i, %553
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %544 = phi float [ %543, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %545 = getelementptr i8, ptr %495, i64 28
-  store float %544, ptr %545, align 4, !tbaa !8
+  %555 = phi float [ %554, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %556 = getelementptr i8, ptr %505, i64 28
+  store float %555, ptr %556, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %546 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %546, label %if_end30.8.i, label %if_else.8.i
+  %557 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %557, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %547 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %498
-  %548 = tail call float @llvm.log.f32(float %547)
+  %558 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %509
+  %559 = tail call float @llvm.log.f32(float %558)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %549 = fadd float %row_max40.sroa.0.32.vec.extract.i, %548
+  %560 = fadd float %row_max40.sroa.0.32.vec.extract.i, %559
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %550 = phi float [ %549, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %551 = getelementptr i8, ptr %495, i64 32
-  store float %550, ptr %551, align 4, !tbaa !8
+  %561 = phi float [ %560, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %562 = getelementptr i8, ptr %505, i64 32
+  store float %561, ptr %562, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %552 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %552, label %if_end30.9.i, label %if_else.9.i
+  %563 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %563, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %553 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %498
-  %554 = tail call float @llvm.log.f32(float %553)
+  %564 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %509
+  %565 = tail call float @llvm.log.f32(float %564)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %555 = fadd float %row_max40.sroa.0.36.vec.extract.i, %554
+  %566 = fadd float %row_max40.sroa.0.36.vec.extract.i, %565
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %556 = phi float [ %555, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %557 = getelementptr i8, ptr %495, i64 36
-  store float %556, ptr %557, align 4, !tbaa !8
+  %567 = phi float [ %566, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %568 = getelementptr i8, ptr %505, i64 36
+  store float %567, ptr %568, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %558 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %558, label %if_end30.10.i, label %if_else.10.i
+  %569 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %569, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %559 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %498
-  %560 = tail call float @llvm.log.f32(float %559)
+  %570 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %509
+  %571 = tail call float @llvm.log.f32(float %570)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %561 = fadd float %row_max40.sroa.0.40.vec.extract.i, %560
+  %572 = fadd float %row_max40.sroa.0.40.vec.extract.i, %571
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %562 = phi float [ %561, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %563 = getelementptr i8, ptr %495, i64 40
-  store float %562, ptr %563, align 4, !tbaa !8
+  %573 = phi float [ %572, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %574 = getelementptr i8, ptr %505, i64 40
+  store float %573, ptr %574, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %564 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %564, label %if_end30.11.i, label %if_else.11.i
+  %575 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %575, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %565 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %498
-  %566 = tail call float @llvm.log.f32(float %565)
+  %576 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %509
+  %577 = tail call float @llvm.log.f32(float %576)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %567 = fadd float %row_max40.sroa.0.44.vec.extract.i, %566
+  %578 = fadd float %row_max40.sroa.0.44.vec.extract.i, %577
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %568 = phi float [ %567, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %569 = getelementptr i8, ptr %495, i64 44
-  store float %568, ptr %569, align 4, !tbaa !8
+  %579 = phi float [ %578, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %580 = getelementptr i8, ptr %505, i64 44
+  store float %579, ptr %580, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %570 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %570, label %if_end30.12.i, label %if_else.12.i
+  %581 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %581, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %571 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %498
-  %572 = tail call float @llvm.log.f32(float %571)
+  %582 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %509
+  %583 = tail call float @llvm.log.f32(float %582)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %573 = fadd float %row_max40.sroa.0.48.vec.extract.i, %572
+  %584 = fadd float %row_max40.sroa.0.48.vec.extract.i, %583
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %574 = phi float [ %573, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %575 = getelementptr i8, ptr %495, i64 48
-  store float %574, ptr %575, align 4, !tbaa !8
+  %585 = phi float [ %584, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %586 = getelementptr i8, ptr %505, i64 48
+  store float %585, ptr %586, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %576 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %576, label %if_end30.13.i, label %if_else.13.i
+  %587 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %587, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %577 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %498
-  %578 = tail call float @llvm.log.f32(float %577)
+  %588 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %509
+  %589 = tail call float @llvm.log.f32(float %588)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %579 = fadd float %row_max40.sroa.0.52.vec.extract.i, %578
+  %590 = fadd float %row_max40.sroa.0.52.vec.extract.i, %589
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %580 = phi float [ %579, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %581 = getelementptr i8, ptr %495, i64 52
-  store float %580, ptr %581, align 4, !tbaa !8
+  %591 = phi float [ %590, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %592 = getelementptr i8, ptr %505, i64 52
+  store float %591, ptr %592, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %582 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %582, label %if_end30.14.i, label %if_else.14.i
+  %593 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %593, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %583 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %498
-  %584 = tail call float @llvm.log.f32(float %583)
+  %594 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %509
+  %595 = tail call float @llvm.log.f32(float %594)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %585 = fadd float %row_max40.sroa.0.56.vec.extract.i, %584
+  %596 = fadd float %row_max40.sroa.0.56.vec.extract.i, %595
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %586 = phi float [ %585, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %587 = getelementptr i8, ptr %495, i64 56
-  store float %586, ptr %587, align 4, !tbaa !8
+  %597 = phi float [ %596, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %598 = getelementptr i8, ptr %505, i64 56
+  store float %597, ptr %598, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %588 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %588, label %if_end30.15.i, label %if_else.15.i
+  %599 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %599, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %589 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %498
-  %590 = tail call float @llvm.log.f32(float %589)
+  %600 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %509
+  %601 = tail call float @llvm.log.f32(float %600)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %591 = fadd float %row_max40.sroa.0.60.vec.extract.i, %590
+  %602 = fadd float %row_max40.sroa.0.60.vec.extract.i, %601
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %592 = phi float [ %591, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %593 = getelementptr i8, ptr %495, i64 60
-  store float %592, ptr %593, align 4, !tbaa !8
-  %594 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %595 = tail call i32 %594(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %595, 0
+  %603 = phi float [ %602, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %604 = getelementptr i8, ptr %505, i64 60
+  store float %603, ptr %604, align 4, !tbaa !8
+  %605 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %606 = tail call i32 %605(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %606, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
-  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
+merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   ret i32 %common.ret.op.i
 }

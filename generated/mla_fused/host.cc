@@ -66,8 +66,9 @@ struct FusedDecode {
 
 struct MergePartials {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_partials;
-  Passed<Array> context_lens, partial_max, partial_sum, partial_acc, out, lse;
-  Passed<int64_t> seq, partial_start, num_partials;
+  Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
+  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials, shared_start, shared_step,
+      num_shared;
 };
 
 struct AppendRow {
@@ -75,6 +76,15 @@ struct AppendRow {
   Passed<Array> new_, cache, slot_mapping;
   Passed<int64_t> head_begin, num_heads;
 };
+
+// out and lse of a query token that may see so many keys.
+void MergeToken(int64_t token, int64_t num_keys, const TokenPartials& of, const DecodeArguments& args, const Partials<Spec>& partials) {
+  Call(MergePartials{
+      .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+      .lse = args.lse, .token = token, .num_keys = num_keys, .partial_start = of.own.start,
+      .partial_step = of.own.step, .num_partials = of.count(), .shared_start = of.shared.start,
+      .shared_step = of.shared.step, .num_shared = of.shared.count});
+}
 
 // One kernel takes a work item of decode through all four stages, tile by tile.
 void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
@@ -96,10 +106,7 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
   Compute(item, args, partials);
   const int64_t seq = item.batch_start;
   if (item.partial_start < 0 || !partials.Complete(seq)) return;
-  Call(MergePartials{
-      .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
-      .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
-      .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
+  MergeToken(seq, args.ContextLen(seq), plan.PartialsOf(seq), args, partials);
 }
 
 // decode: attention of one query token per sequence.

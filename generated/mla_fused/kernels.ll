@@ -7820,95 +7820,103 @@ entry:
   %alpha38.i = alloca [128 x float], align 64
   %row_sum39.i = alloca [128 x float], align 64
   %row_max40.i = alloca [128 x float], align 64
-  %context_lens.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %context_lens.type_index, 70
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_max.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_max.type_index, 70
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_sum.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %partial_acc.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %partial_acc.type_index, 70
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %out.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %out.type_index, 70
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %out.handle.idx = select i1 %16, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
-  %lse.type_index = load i32, ptr %19, align 8
-  %20 = icmp eq i32 %lse.type_index, 70
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %22 = load ptr, ptr %21, align 8
-  %lse.handle.idx = select i1 %20, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
   %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_partials.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %35, align 4
+  %36 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %37, align 8
+  %38 = icmp eq ptr %merge_partials.out_strides, null
+  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %40 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %38, ptr %39, ptr %40
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then19, label %if_else20
+  br i1 %38, label %if_then16, label %if_else17
 
-if_then19:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
+if_then16:                                        ; preds = %entry
+  %41 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %42 = load i64, ptr %41, align 8
+  %43 = load i64, ptr %39, align 8
+  %44 = mul nsw i64 %43, %42
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %45 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %44, %if_then16 ], [ %45, %if_else17 ]
+  %46 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %46, align 8
+  %47 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %47, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %48 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %48, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
   br label %if_end21
 
-if_else20:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %41, label %if_then22, label %if_end24
-
-if_then22:                                        ; preds = %if_end21
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
-  br label %if_end24
-
-if_end24:                                         ; preds = %if_then22, %if_end21
-  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %49, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %context_lens = load ptr, ptr %context_lens.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %num_shared = trunc i64 %34 to i32
+  %shared_step = trunc i64 %32 to i32
+  %shared_start = trunc i64 %30 to i32
+  %num_partials = trunc i64 %28 to i32
+  %partial_step = trunc i64 %26 to i32
+  %partial_start = trunc i64 %24 to i32
+  %num_keys = trunc i64 %22 to i32
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -7924,177 +7932,176 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %51 = icmp eq ptr %acc.i, null
+  br i1 %51, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
-for_begin_step.preheader.i:                       ; preds = %if_end24
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %52 = icmp sgt i32 %num_partials, 0
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %26, 32
-  %47 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_d_0.i ]
-  %48 = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
-  %total4145.i = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
-  %49 = icmp eq i64 %indvars.iv69.i, 0
-  %50 = insertelement <128 x i1> poison, i1 %49, i64 0
-  %51 = shufflevector <128 x i1> %50, <128 x i1> poison, <128 x i32> zeroinitializer
-  %old_max.i = select <128 x i1> %51, <128 x float> splat (float 0xC6293E5940000000), <128 x float> %48
-  %old_sum.i = select <128 x i1> %51, <128 x float> zeroinitializer, <128 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv69.i, %47
-  %53 = shl nsw i64 %52, 7
-  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <128 x float>, ptr %54, align 4, !tbaa !8
-  %56 = fcmp ogt <128 x float> %old_max.i, %55
-  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <128 x float>, ptr %57, align 4, !tbaa !8
-  %59 = fcmp oeq <128 x float> %58, zeroinitializer
-  %60 = select <128 x i1> %59, <128 x i1> splat (i1 true), <128 x i1> %56
-  %old_or_both.i = select <128 x i1> %60, <128 x float> %old_max.i, <128 x float> %55
-  %61 = fcmp oeq <128 x float> %old_sum.i, zeroinitializer
-  %m.i = select <128 x i1> %61, <128 x float> %55, <128 x float> %old_or_both.i
-  %62 = fsub <128 x float> %old_max.i, %m.i
-  %63 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %62, <128 x float> splat (float 0x3FF7154760000000), <128 x float> splat (float 0x4168000FE0000000))
-  %64 = bitcast <128 x float> %63 to <128 x i32>
-  %65 = fadd <128 x float> %63, splat (float 0xC168000FE0000000)
-  %66 = fmul <128 x float> %65, splat (float 0x3F2BD01060000000)
-  %67 = fmul <128 x float> %65, splat (float 0x3FE6300000000000)
-  %68 = fsub <128 x float> %62, %67
-  %69 = fadd <128 x float> %66, %68
-  %70 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %69, <128 x float> splat (float 0x3F56A243A0000000), <128 x float> splat (float 0x3F81239E00000000))
-  %71 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %70, <128 x float> %69, <128 x float> splat (float 0x3FA5558F20000000))
-  %72 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %71, <128 x float> %69, <128 x float> splat (float 0x3FC5554920000000))
-  %73 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %72, <128 x float> %69, <128 x float> splat (float 0x3FDFFFFFC0000000))
-  %74 = fmul <128 x float> %69, %69
-  %75 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %73, <128 x float> %74, <128 x float> %69)
-  %76 = shl <128 x i32> %64, splat (i32 23)
-  %77 = bitcast <128 x i32> %76 to <128 x float>
-  %78 = fadd <128 x float> %75, splat (float 1.000000e+00)
-  %79 = fmul <128 x float> %78, %77
-  %80 = fcmp olt <128 x float> %62, splat (float -8.700000e+01)
-  %81 = select <128 x i1> %80, <128 x float> zeroinitializer, <128 x float> %79
-  %82 = fcmp one <128 x float> %old_sum.i, zeroinitializer
-  %83 = select <128 x i1> %82, <128 x float> %81, <128 x float> zeroinitializer
-  store <128 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
-  %arg2.i = fsub <128 x float> %55, %m.i
-  %84 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %arg2.i, <128 x float> splat (float 0x3FF7154760000000), <128 x float> splat (float 0x4168000FE0000000))
-  %85 = bitcast <128 x float> %84 to <128 x i32>
-  %86 = fadd <128 x float> %84, splat (float 0xC168000FE0000000)
-  %87 = fmul <128 x float> %86, splat (float 0x3F2BD01060000000)
-  %88 = fmul <128 x float> %86, splat (float 0x3FE6300000000000)
-  %89 = fsub <128 x float> %arg2.i, %88
-  %90 = fadd <128 x float> %87, %89
-  %91 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %90, <128 x float> splat (float 0x3F56A243A0000000), <128 x float> splat (float 0x3F81239E00000000))
-  %92 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %91, <128 x float> %90, <128 x float> splat (float 0x3FA5558F20000000))
-  %93 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %92, <128 x float> %90, <128 x float> splat (float 0x3FC5554920000000))
-  %94 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %93, <128 x float> %90, <128 x float> splat (float 0x3FDFFFFFC0000000))
-  %95 = fmul <128 x float> %90, %90
-  %96 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %94, <128 x float> %95, <128 x float> %90)
-  %97 = shl <128 x i32> %85, splat (i32 23)
-  %98 = bitcast <128 x i32> %97 to <128 x float>
-  %99 = fadd <128 x float> %96, splat (float 1.000000e+00)
-  %100 = fmul <128 x float> %99, %98
-  %101 = fcmp olt <128 x float> %arg2.i, splat (float -8.700000e+01)
-  %102 = select <128 x i1> %101, <128 x float> zeroinitializer, <128 x float> %100
-  %103 = fcmp one <128 x float> %58, zeroinitializer
-  %104 = select <128 x i1> %103, <128 x float> %102, <128 x float> zeroinitializer
-  store <128 x float> %104, ptr %beta37.i, align 16, !tbaa !14
-  %105 = fmul <128 x float> %old_sum.i, %83
-  %106 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %104, <128 x float> %58, <128 x float> %105)
-  %.idx.i = shl nsw i64 %52, 18
-  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_r_0.preheader.us.i, label %for_begin_r_0.preheader.i, !prof !6
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %172, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <128 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <128 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %54 = sub nsw i32 %step46.i, %num_shared
+  %55 = mul nsw i32 %54, %partial_step
+  %56 = add nsw i32 %55, %partial_start
+  %57 = mul nsw i32 %step46.i, %shared_step
+  %58 = add nsw i32 %57, %shared_start
+  %59 = icmp slt i32 %step46.i, %num_shared
+  %60 = icmp eq i32 %step46.i, 0
+  %61 = insertelement <128 x i1> poison, i1 %60, i64 0
+  %62 = shufflevector <128 x i1> %61, <128 x i1> poison, <128 x i32> zeroinitializer
+  %old_max.i = select <128 x i1> %62, <128 x float> splat (float 0xC6293E5940000000), <128 x float> %53
+  %old_sum.i = select <128 x i1> %62, <128 x float> zeroinitializer, <128 x float> %total4145.i
+  %63 = select i1 %59, i32 %58, i32 %56
+  %64 = sext i32 %63 to i64
+  %65 = shl nsw i64 %64, 7
+  %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
+  %67 = load <128 x float>, ptr %66, align 4, !tbaa !8
+  %68 = fcmp ogt <128 x float> %old_max.i, %67
+  %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
+  %70 = load <128 x float>, ptr %69, align 4, !tbaa !8
+  %71 = fcmp oeq <128 x float> %70, zeroinitializer
+  %72 = select <128 x i1> %71, <128 x i1> splat (i1 true), <128 x i1> %68
+  %old_or_both.i = select <128 x i1> %72, <128 x float> %old_max.i, <128 x float> %67
+  %73 = fcmp oeq <128 x float> %old_sum.i, zeroinitializer
+  %m.i = select <128 x i1> %73, <128 x float> %67, <128 x float> %old_or_both.i
+  %74 = fsub <128 x float> %old_max.i, %m.i
+  %75 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %74, <128 x float> splat (float 0x3FF7154760000000), <128 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <128 x float> %75 to <128 x i32>
+  %77 = fadd <128 x float> %75, splat (float 0xC168000FE0000000)
+  %78 = fmul <128 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <128 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <128 x float> %74, %79
+  %81 = fadd <128 x float> %78, %80
+  %82 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %81, <128 x float> splat (float 0x3F56A243A0000000), <128 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %82, <128 x float> %81, <128 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %83, <128 x float> %81, <128 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %84, <128 x float> %81, <128 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <128 x float> %81, %81
+  %87 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %85, <128 x float> %86, <128 x float> %81)
+  %88 = shl <128 x i32> %76, splat (i32 23)
+  %89 = bitcast <128 x i32> %88 to <128 x float>
+  %90 = fadd <128 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <128 x float> %90, %89
+  %92 = fcmp olt <128 x float> %74, splat (float -8.700000e+01)
+  %93 = select <128 x i1> %92, <128 x float> zeroinitializer, <128 x float> %91
+  %94 = fcmp one <128 x float> %old_sum.i, zeroinitializer
+  %95 = select <128 x i1> %94, <128 x float> %93, <128 x float> zeroinitializer
+  store <128 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
+  %arg2.i = fsub <128 x float> %67, %m.i
+  %96 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %arg2.i, <128 x float> splat (float 0x3FF7154760000000), <128 x float> splat (float 0x4168000FE0000000))
+  %97 = bitcast <128 x float> %96 to <128 x i32>
+  %98 = fadd <128 x float> %96, splat (float 0xC168000FE0000000)
+  %99 = fmul <128 x float> %98, splat (float 0x3F2BD01060000000)
+  %100 = fmul <128 x float> %98, splat (float 0x3FE6300000000000)
+  %101 = fsub <128 x float> %arg2.i, %100
+  %102 = fadd <128 x float> %99, %101
+  %103 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %102, <128 x float> splat (float 0x3F56A243A0000000), <128 x float> splat (float 0x3F81239E00000000))
+  %104 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %103, <128 x float> %102, <128 x float> splat (float 0x3FA5558F20000000))
+  %105 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %104, <128 x float> %102, <128 x float> splat (float 0x3FC5554920000000))
+  %106 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %105, <128 x float> %102, <128 x float> splat (float 0x3FDFFFFFC0000000))
+  %107 = fmul <128 x float> %102, %102
+  %108 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %106, <128 x float> %107, <128 x float> %102)
+  %109 = shl <128 x i32> %97, splat (i32 23)
+  %110 = bitcast <128 x i32> %109 to <128 x float>
+  %111 = fadd <128 x float> %108, splat (float 1.000000e+00)
+  %112 = fmul <128 x float> %111, %110
+  %113 = fcmp olt <128 x float> %arg2.i, splat (float -8.700000e+01)
+  %114 = select <128 x i1> %113, <128 x float> zeroinitializer, <128 x float> %112
+  %115 = fcmp one <128 x float> %70, zeroinitializer
+  %116 = select <128 x i1> %115, <128 x float> %114, <128 x float> zeroinitializer
+  store <128 x float> %116, ptr %beta37.i, align 16, !tbaa !14
+  %117 = fmul <128 x float> %old_sum.i, %95
+  %118 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %116, <128 x float> %70, <128 x float> %117)
+  %.idx.i = shl nsw i64 %64, 18
+  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %60, label %for_begin_r_0.preheader.us.i, label %for_begin_r_0.preheader.i, !prof !6
 
 for_begin_r_0.preheader.us.i:                     ; preds = %for_end_r_0.split.us.us.i, %for_body_step.i
   %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_end_r_0.split.us.us.i ], [ 0, %for_body_step.i ]
-  %108 = shl nuw nsw i64 %indvars.iv65.i, 4
-  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %108
-  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  %120 = shl nuw nsw i64 %indvars.iv65.i, 4
+  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %120
+  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
   br label %for_body_r_0.us.us.i
 
 for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_begin_r_0.preheader.us.i
   %indvars.iv61.i = phi i64 [ 0, %for_begin_r_0.preheader.us.i ], [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ]
-  %109 = shl nuw nsw i64 %indvars.iv61.i, 9
-  %gep91.i = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %109
-  store <16 x float> zeroinitializer, ptr %gep91.i, align 4, !tbaa !8
-  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
-  %111 = load float, ptr %110, align 16, !tbaa !18
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i = getelementptr float, ptr %invariant.gep.us.i, i64 %109
-  %114 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
-  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
-  %116 = load float, ptr %115, align 16, !tbaa !19
-  %.scalar = fmul float %116, 0.000000e+00
-  %117 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
-  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %114, <16 x float> %118)
-  store <16 x float> %119, ptr %gep91.i, align 4, !tbaa !8
+  %121 = shl nuw nsw i64 %indvars.iv61.i, 9
+  %gep89.i = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %121
+  store <16 x float> zeroinitializer, ptr %gep89.i, align 4, !tbaa !8
+  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %123 = load float, ptr %122, align 16, !tbaa !18
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %invariant.gep.us.i, i64 %121
+  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %128 = load float, ptr %127, align 16, !tbaa !19
+  %.scalar = fmul float %128, 0.000000e+00
+  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
+  store <16 x float> %131, ptr %gep89.i, align 4, !tbaa !8
   %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
-  %120 = shl nuw nsw i64 %indvars.iv.next62.i, 9
-  %gep91.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %120
-  store <16 x float> zeroinitializer, ptr %gep91.i.1, align 4, !tbaa !8
-  %121 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
-  %122 = load float, ptr %121, align 4, !tbaa !18
-  %123 = insertelement <16 x float> poison, float %122, i64 0
-  %124 = shufflevector <16 x float> %123, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.1 = getelementptr float, ptr %invariant.gep.us.i, i64 %120
-  %125 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
-  %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
-  %127 = load float, ptr %126, align 4, !tbaa !19
-  %.scalar.1 = fmul float %127, 0.000000e+00
-  %128 = insertelement <16 x float> poison, float %.scalar.1, i64 0
-  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %124, <16 x float> %125, <16 x float> %129)
-  store <16 x float> %130, ptr %gep91.i.1, align 4, !tbaa !8
+  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 9
+  %gep89.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %132
+  store <16 x float> zeroinitializer, ptr %gep89.i.1, align 4, !tbaa !8
+  %133 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %134 = load float, ptr %133, align 4, !tbaa !18
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %invariant.gep.us.i, i64 %132
+  %137 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %138 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %139 = load float, ptr %138, align 4, !tbaa !19
+  %.scalar.1 = fmul float %139, 0.000000e+00
+  %140 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %137, <16 x float> %141)
+  store <16 x float> %142, ptr %gep89.i.1, align 4, !tbaa !8
   %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
-  %131 = shl nuw nsw i64 %indvars.iv.next62.i.1, 9
-  %gep91.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %131
-  store <16 x float> zeroinitializer, ptr %gep91.i.2, align 4, !tbaa !8
-  %132 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
-  %133 = load float, ptr %132, align 8, !tbaa !18
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.2 = getelementptr float, ptr %invariant.gep.us.i, i64 %131
-  %136 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
-  %138 = load float, ptr %137, align 8, !tbaa !19
-  %.scalar.2 = fmul float %138, 0.000000e+00
-  %139 = insertelement <16 x float> poison, float %.scalar.2, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %136, <16 x float> %140)
-  store <16 x float> %141, ptr %gep91.i.2, align 4, !tbaa !8
+  %143 = shl nuw nsw i64 %indvars.iv.next62.i.1, 9
+  %gep89.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %143
+  store <16 x float> zeroinitializer, ptr %gep89.i.2, align 4, !tbaa !8
+  %144 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
+  %145 = load float, ptr %144, align 8, !tbaa !18
+  %146 = insertelement <16 x float> poison, float %145, i64 0
+  %147 = shufflevector <16 x float> %146, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.2 = getelementptr float, ptr %invariant.gep.us.i, i64 %143
+  %148 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
+  %149 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
+  %150 = load float, ptr %149, align 8, !tbaa !19
+  %.scalar.2 = fmul float %150, 0.000000e+00
+  %151 = insertelement <16 x float> poison, float %.scalar.2, i64 0
+  %152 = shufflevector <16 x float> %151, <16 x float> poison, <16 x i32> zeroinitializer
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %148, <16 x float> %152)
+  store <16 x float> %153, ptr %gep89.i.2, align 4, !tbaa !8
   %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
-  %142 = shl nuw nsw i64 %indvars.iv.next62.i.2, 9
-  %gep91.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %142
-  store <16 x float> zeroinitializer, ptr %gep91.i.3, align 4, !tbaa !8
-  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
-  %144 = load float, ptr %143, align 4, !tbaa !18
-  %145 = insertelement <16 x float> poison, float %144, i64 0
-  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.3 = getelementptr float, ptr %invariant.gep.us.i, i64 %142
-  %147 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
-  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
-  %149 = load float, ptr %148, align 4, !tbaa !19
-  %.scalar.3 = fmul float %149, 0.000000e+00
-  %150 = insertelement <16 x float> poison, float %.scalar.3, i64 0
-  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %151)
-  store <16 x float> %152, ptr %gep91.i.3, align 4, !tbaa !8
+  %154 = shl nuw nsw i64 %indvars.iv.next62.i.2, 9
+  %gep89.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %154
+  store <16 x float> zeroinitializer, ptr %gep89.i.3, align 4, !tbaa !8
+  %155 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
+  %156 = load float, ptr %155, align 4, !tbaa !18
+  %157 = insertelement <16 x float> poison, float %156, i64 0
+  %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.3 = getelementptr float, ptr %invariant.gep.us.i, i64 %154
+  %159 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
+  %160 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
+  %161 = load float, ptr %160, align 4, !tbaa !19
+  %.scalar.3 = fmul float %161, 0.000000e+00
+  %162 = insertelement <16 x float> poison, float %.scalar.3, i64 0
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
+  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %159, <16 x float> %163)
+  store <16 x float> %164, ptr %gep89.i.3, align 4, !tbaa !8
   %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
   %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 128
   br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !20, !llvm.loop !21
@@ -8105,103 +8112,101 @@ for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.
   br i1 %exitcond68.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !20
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
   %m44.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <128 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <128 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %sext33 = shl i64 %24, 32
-  %153 = ashr exact i64 %sext33, 32
-  %154 = getelementptr inbounds i32, ptr %context_lens, i64 %153
-  %155 = load i32, ptr %154, align 4, !tbaa !8
-  %156 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
-  %157 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
-  %158 = select <128 x i1> %157, <128 x float> zeroinitializer, <128 x float> %156
-  store <128 x float> %158, ptr %factor34.i, align 16, !tbaa !23
-  %159 = mul nsw i64 %out_batch, %153
-  %160 = getelementptr i16, ptr %out, i64 %159
+  %165 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
+  %166 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
+  %167 = select <128 x i1> %166, <128 x float> zeroinitializer, <128 x float> %165
+  store <128 x float> %167, ptr %factor34.i, align 16, !tbaa !23
+  %sext = shl i64 %20, 32
+  %168 = ashr exact i64 %sext, 32
+  %169 = mul nsw i64 %out_batch, %168
+  %170 = getelementptr i16, ptr %out, i64 %169
   br label %for_begin_d_019.preheader.i
 
 for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.split.i, %for_body_step.i
   %indvars.iv57.i = phi i64 [ %indvars.iv.next58.i, %for_end_r_0.split.i ], [ 0, %for_body_step.i ]
-  %161 = shl nuw nsw i64 %indvars.iv57.i, 4
-  %invariant.gep.i = getelementptr float, ptr %107, i64 %161
-  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %171 = shl nuw nsw i64 %indvars.iv57.i, 4
+  %invariant.gep.i = getelementptr float, ptr %119, i64 %171
+  %invariant.gep86.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
   br label %for_body_r_0.i
 
 for_end_d_0.i:                                    ; preds = %for_end_r_0.split.i, %for_end_r_0.split.us.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !27
+  %172 = add nuw nsw i32 %step46.i, 1
+  %exitcond69.not.i = icmp eq i32 %172, %num_partials
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !27
 
 for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_begin_r_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.3, %for_body_r_0.i ]
-  %162 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %163 = load float, ptr %162, align 16, !tbaa !18
-  %164 = insertelement <16 x float> poison, float %163, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = shl nuw nsw i64 %indvars.iv.i, 9
-  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %166
-  %167 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
-  %gep89.i = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %166
-  %168 = load <16 x float>, ptr %gep89.i, align 4, !tbaa !8
-  %169 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %170 = load float, ptr %169, align 16, !tbaa !19
-  %171 = insertelement <16 x float> poison, float %170, i64 0
-  %172 = shufflevector <16 x float> %171, <16 x float> poison, <16 x i32> zeroinitializer
-  %173 = fmul <16 x float> %168, %172
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %167, <16 x float> %173)
-  store <16 x float> %174, ptr %gep89.i, align 4, !tbaa !8
+  %173 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %174 = load float, ptr %173, align 16, !tbaa !18
+  %175 = insertelement <16 x float> poison, float %174, i64 0
+  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
+  %177 = shl nuw nsw i64 %indvars.iv.i, 9
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %177
+  %178 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep87.i = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %177
+  %179 = load <16 x float>, ptr %gep87.i, align 4, !tbaa !8
+  %180 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %181 = load float, ptr %180, align 16, !tbaa !19
+  %182 = insertelement <16 x float> poison, float %181, i64 0
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> zeroinitializer
+  %184 = fmul <16 x float> %179, %183
+  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %178, <16 x float> %184)
+  store <16 x float> %185, ptr %gep87.i, align 4, !tbaa !8
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %175 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
-  %176 = load float, ptr %175, align 4, !tbaa !18
-  %177 = insertelement <16 x float> poison, float %176, i64 0
-  %178 = shufflevector <16 x float> %177, <16 x float> poison, <16 x i32> zeroinitializer
-  %179 = shl nuw nsw i64 %indvars.iv.next.i, 9
-  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %179
-  %180 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
-  %gep89.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %179
-  %181 = load <16 x float>, ptr %gep89.i.1, align 4, !tbaa !8
-  %182 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
-  %183 = load float, ptr %182, align 4, !tbaa !19
-  %184 = insertelement <16 x float> poison, float %183, i64 0
-  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> zeroinitializer
-  %186 = fmul <16 x float> %181, %185
-  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %178, <16 x float> %180, <16 x float> %186)
-  store <16 x float> %187, ptr %gep89.i.1, align 4, !tbaa !8
+  %186 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %187 = load float, ptr %186, align 4, !tbaa !18
+  %188 = insertelement <16 x float> poison, float %187, i64 0
+  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
+  %190 = shl nuw nsw i64 %indvars.iv.next.i, 9
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %190
+  %191 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep87.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %190
+  %192 = load <16 x float>, ptr %gep87.i.1, align 4, !tbaa !8
+  %193 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %194 = load float, ptr %193, align 4, !tbaa !19
+  %195 = insertelement <16 x float> poison, float %194, i64 0
+  %196 = shufflevector <16 x float> %195, <16 x float> poison, <16 x i32> zeroinitializer
+  %197 = fmul <16 x float> %192, %196
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %191, <16 x float> %197)
+  store <16 x float> %198, ptr %gep87.i.1, align 4, !tbaa !8
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
-  %188 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
-  %189 = load float, ptr %188, align 8, !tbaa !18
-  %190 = insertelement <16 x float> poison, float %189, i64 0
-  %191 = shufflevector <16 x float> %190, <16 x float> poison, <16 x i32> zeroinitializer
-  %192 = shl nuw nsw i64 %indvars.iv.next.i.1, 9
-  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %192
-  %193 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
-  %gep89.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %192
-  %194 = load <16 x float>, ptr %gep89.i.2, align 4, !tbaa !8
-  %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
-  %196 = load float, ptr %195, align 8, !tbaa !19
-  %197 = insertelement <16 x float> poison, float %196, i64 0
-  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
-  %199 = fmul <16 x float> %194, %198
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %191, <16 x float> %193, <16 x float> %199)
-  store <16 x float> %200, ptr %gep89.i.2, align 4, !tbaa !8
+  %199 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %200 = load float, ptr %199, align 8, !tbaa !18
+  %201 = insertelement <16 x float> poison, float %200, i64 0
+  %202 = shufflevector <16 x float> %201, <16 x float> poison, <16 x i32> zeroinitializer
+  %203 = shl nuw nsw i64 %indvars.iv.next.i.1, 9
+  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %203
+  %204 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %gep87.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %203
+  %205 = load <16 x float>, ptr %gep87.i.2, align 4, !tbaa !8
+  %206 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %207 = load float, ptr %206, align 8, !tbaa !19
+  %208 = insertelement <16 x float> poison, float %207, i64 0
+  %209 = shufflevector <16 x float> %208, <16 x float> poison, <16 x i32> zeroinitializer
+  %210 = fmul <16 x float> %205, %209
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %204, <16 x float> %210)
+  store <16 x float> %211, ptr %gep87.i.2, align 4, !tbaa !8
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
-  %201 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
-  %202 = load float, ptr %201, align 4, !tbaa !18
-  %203 = insertelement <16 x float> poison, float %202, i64 0
-  %204 = shufflevector <16 x float> %203, <16 x float> poison, <16 x i32> zeroinitializer
-  %205 = shl nuw nsw i64 %indvars.iv.next.i.2, 9
-  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %205
-  %206 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
-  %gep89.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %205
-  %207 = load <16 x float>, ptr %gep89.i.3, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
-  %209 = load float, ptr %208, align 4, !tbaa !19
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = fmul <16 x float> %207, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %206, <16 x float> %212)
-  store <16 x float> %213, ptr %gep89.i.3, align 4, !tbaa !8
+  %212 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %213 = load float, ptr %212, align 4, !tbaa !18
+  %214 = insertelement <16 x float> poison, float %213, i64 0
+  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
+  %216 = shl nuw nsw i64 %indvars.iv.next.i.2, 9
+  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %216
+  %217 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %gep87.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %216
+  %218 = load <16 x float>, ptr %gep87.i.3, align 4, !tbaa !8
+  %219 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %220 = load float, ptr %219, align 4, !tbaa !19
+  %221 = insertelement <16 x float> poison, float %220, i64 0
+  %222 = shufflevector <16 x float> %221, <16 x float> poison, <16 x i32> zeroinitializer
+  %223 = fmul <16 x float> %218, %222
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %217, <16 x float> %223)
+  store <16 x float> %224, ptr %gep87.i.3, align 4, !tbaa !8
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
   br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !20, !llvm.loop !28
@@ -8212,182 +8217,182 @@ for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
   br i1 %exitcond60.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !20
 
 for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_end_d_021.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv77.i
-  %215 = load float, ptr %214, align 4, !tbaa !29
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %160, i64 %218
-  %.idx85.i = shl nuw nsw i64 %indvars.iv77.i, 11
-  %invariant.gep94.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx85.i
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_end_d_021.i ]
+  %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %226 = load float, ptr %225, align 4, !tbaa !29
+  %227 = insertelement <16 x float> poison, float %226, i64 0
+  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
+  %229 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %170, i64 %229
+  %.idx83.i = shl nuw nsw i64 %indvars.iv74.i, 11
+  %invariant.gep92.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx83.i
   br label %for_body_d_020.i
 
 for_begin_r24.preheader.i:                        ; preds = %for_end_d_021.i
-  %219 = add nsw i32 %155, -1
-  %220 = sitofp i32 %219 to float
-  %221 = bitcast float %220 to i32
-  %222 = ashr i32 %221, 23
-  %223 = tail call i32 @llvm.smax.i32(i32 %222, i32 125)
-  %224 = mul nsw i64 %lse_batch, %153
-  %225 = getelementptr float, ptr %lse, i64 %224
-  %226 = shl nuw nsw i32 %223, 23
-  %227 = add nuw i32 %226, 16777216
-  %228 = bitcast i32 %227 to float
+  %230 = add nsw i32 %num_keys, -1
+  %231 = sitofp i32 %230 to float
+  %232 = bitcast float %231 to i32
+  %233 = ashr i32 %232, 23
+  %234 = mul nsw i64 %lse_batch, %168
+  %235 = getelementptr float, ptr %lse, i64 %234
+  %236 = tail call i32 @llvm.smax.i32(i32 %233, i32 125)
+  %237 = shl nuw nsw i32 %236, 23
+  %238 = add nuw i32 %237, 16777216
+  %239 = bitcast i32 %238 to float
   br label %for_body_r25.i
 
 for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %for_begin_d_019.preheader.i
-  %indvars.iv73.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next74.i.3, %for_body_d_020.i ]
-  %229 = shl nuw nsw i64 %indvars.iv73.i, 4
-  %gep95.i = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %229
-  %230 = load <16 x float>, ptr %gep95.i, align 4, !tbaa !8
-  %231 = fmul <16 x float> %217, %230
-  %232 = bitcast <16 x float> %231 to <16 x i32>
-  %233 = lshr <16 x i32> %232, splat (i32 16)
-  %234 = and <16 x i32> %233, splat (i32 1)
-  %235 = add nuw <16 x i32> %232, splat (i32 32767)
-  %236 = add nuw <16 x i32> %235, %234
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
-  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %229
-  store <16 x i16> %238, ptr %gep50.i, align 2, !tbaa !8
-  %indvars.iv.next74.i = shl i64 %indvars.iv73.i, 4
-  %239 = or disjoint i64 %indvars.iv.next74.i, 16
-  %gep95.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %239
-  %240 = load <16 x float>, ptr %gep95.i.1, align 4, !tbaa !8
-  %241 = fmul <16 x float> %217, %240
-  %242 = bitcast <16 x float> %241 to <16 x i32>
-  %243 = lshr <16 x i32> %242, splat (i32 16)
-  %244 = and <16 x i32> %243, splat (i32 1)
-  %245 = add nuw <16 x i32> %242, splat (i32 32767)
-  %246 = add nuw <16 x i32> %245, %244
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
-  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %239
-  store <16 x i16> %248, ptr %gep50.i.1, align 2, !tbaa !8
-  %indvars.iv.next74.i.1 = shl i64 %indvars.iv73.i, 4
-  %249 = or disjoint i64 %indvars.iv.next74.i.1, 32
-  %gep95.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %249
-  %250 = load <16 x float>, ptr %gep95.i.2, align 4, !tbaa !8
-  %251 = fmul <16 x float> %217, %250
-  %252 = bitcast <16 x float> %251 to <16 x i32>
-  %253 = lshr <16 x i32> %252, splat (i32 16)
-  %254 = and <16 x i32> %253, splat (i32 1)
-  %255 = add nuw <16 x i32> %252, splat (i32 32767)
-  %256 = add nuw <16 x i32> %255, %254
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
-  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %249
-  store <16 x i16> %258, ptr %gep50.i.2, align 2, !tbaa !8
-  %indvars.iv.next74.i.2 = shl i64 %indvars.iv73.i, 4
-  %259 = or disjoint i64 %indvars.iv.next74.i.2, 48
-  %gep95.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %259
-  %260 = load <16 x float>, ptr %gep95.i.3, align 4, !tbaa !8
-  %261 = fmul <16 x float> %217, %260
-  %262 = bitcast <16 x float> %261 to <16 x i32>
-  %263 = lshr <16 x i32> %262, splat (i32 16)
-  %264 = and <16 x i32> %263, splat (i32 1)
-  %265 = add nuw <16 x i32> %262, splat (i32 32767)
-  %266 = add nuw <16 x i32> %265, %264
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
-  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %259
-  store <16 x i16> %268, ptr %gep50.i.3, align 2, !tbaa !8
-  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
-  %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
-  br i1 %exitcond76.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !30
+  %indvars.iv70.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next71.i.3, %for_body_d_020.i ]
+  %240 = shl nuw nsw i64 %indvars.iv70.i, 4
+  %gep93.i = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %240
+  %241 = load <16 x float>, ptr %gep93.i, align 4, !tbaa !8
+  %242 = fmul <16 x float> %228, %241
+  %243 = bitcast <16 x float> %242 to <16 x i32>
+  %244 = lshr <16 x i32> %243, splat (i32 16)
+  %245 = and <16 x i32> %244, splat (i32 1)
+  %246 = add nuw <16 x i32> %243, splat (i32 32767)
+  %247 = add nuw <16 x i32> %246, %245
+  %248 = lshr <16 x i32> %247, splat (i32 16)
+  %249 = trunc nuw <16 x i32> %248 to <16 x i16>
+  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %240
+  store <16 x i16> %249, ptr %gep50.i, align 2, !tbaa !8
+  %indvars.iv.next71.i = shl i64 %indvars.iv70.i, 4
+  %250 = or disjoint i64 %indvars.iv.next71.i, 16
+  %gep93.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %250
+  %251 = load <16 x float>, ptr %gep93.i.1, align 4, !tbaa !8
+  %252 = fmul <16 x float> %228, %251
+  %253 = bitcast <16 x float> %252 to <16 x i32>
+  %254 = lshr <16 x i32> %253, splat (i32 16)
+  %255 = and <16 x i32> %254, splat (i32 1)
+  %256 = add nuw <16 x i32> %253, splat (i32 32767)
+  %257 = add nuw <16 x i32> %256, %255
+  %258 = lshr <16 x i32> %257, splat (i32 16)
+  %259 = trunc nuw <16 x i32> %258 to <16 x i16>
+  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %250
+  store <16 x i16> %259, ptr %gep50.i.1, align 2, !tbaa !8
+  %indvars.iv.next71.i.1 = shl i64 %indvars.iv70.i, 4
+  %260 = or disjoint i64 %indvars.iv.next71.i.1, 32
+  %gep93.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %260
+  %261 = load <16 x float>, ptr %gep93.i.2, align 4, !tbaa !8
+  %262 = fmul <16 x float> %228, %261
+  %263 = bitcast <16 x float> %262 to <16 x i32>
+  %264 = lshr <16 x i32> %263, splat (i32 16)
+  %265 = and <16 x i32> %264, splat (i32 1)
+  %266 = add nuw <16 x i32> %263, splat (i32 32767)
+  %267 = add nuw <16 x i32> %266, %265
+  %268 = lshr <16 x i32> %267, splat (i32 16)
+  %269 = trunc nuw <16 x i32> %268 to <16 x i16>
+  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %260
+  store <16 x i16> %269, ptr %gep50.i.2, align 2, !tbaa !8
+  %indvars.iv.next71.i.2 = shl i64 %indvars.iv70.i, 4
+  %270 = or disjoint i64 %indvars.iv.next71.i.2, 48
+  %gep93.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %270
+  %271 = load <16 x float>, ptr %gep93.i.3, align 4, !tbaa !8
+  %272 = fmul <16 x float> %228, %271
+  %273 = bitcast <16 x float> %272 to <16 x i32>
+  %274 = lshr <16 x i32> %273, splat (i32 16)
+  %275 = and <16 x i32> %274, splat (i32 1)
+  %276 = add nuw <16 x i32> %273, splat (i32 32767)
+  %277 = add nuw <16 x i32> %276, %275
+  %278 = lshr <16 x i32> %277, splat (i32 16)
+  %279 = trunc nuw <16 x i32> %278 to <16 x i16>
+  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %270
+  store <16 x i16> %279, ptr %gep50.i.3, align 2, !tbaa !8
+  %indvars.iv.next71.i.3 = add nuw nsw i64 %indvars.iv70.i, 4
+  %exitcond73.not.i.3 = icmp eq i64 %indvars.iv.next71.i.3, 32
+  br i1 %exitcond73.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !30
 
 for_end_d_021.i:                                  ; preds = %for_body_d_020.i
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 128
-  br i1 %exitcond80.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 128
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv81.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next82.i.3, %if_end30.i.3 ]
-  %269 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i
-  %270 = load float, ptr %269, align 16, !tbaa !31
-  %271 = fcmp oeq float %270, 0.000000e+00
-  br i1 %271, label %if_end30.i, label %if_else.i
+  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
+  %280 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
+  %281 = load float, ptr %280, align 16, !tbaa !31
+  %282 = fcmp oeq float %281, 0.000000e+00
+  br i1 %282, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %272 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %273 = tail call i32 %272(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %273, 0
+  %283 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %284 = tail call i32 %283(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %284, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %274 = fmul float %270, %228
-  %275 = tail call float @llvm.log.f32(float %274)
-  %276 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i
-  %277 = load float, ptr %276, align 16, !tbaa !33
-  %278 = fadd float %275, %277
+  %285 = fmul float %281, %239
+  %286 = tail call float @llvm.log.f32(float %285)
+  %287 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
+  %288 = load float, ptr %287, align 16, !tbaa !33
+  %289 = fadd float %286, %288
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %279 = phi float [ %278, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %280 = getelementptr float, ptr %225, i64 %indvars.iv81.i
-  store float %279, ptr %280, align 4, !tbaa !8
-  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
-  %281 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i
-  %282 = load float, ptr %281, align 4, !tbaa !31
-  %283 = fcmp oeq float %282, 0.000000e+00
-  br i1 %283, label %if_end30.i.1, label %if_else.i.1
+  %290 = phi float [ %289, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %291 = getelementptr float, ptr %235, i64 %indvars.iv78.i
+  store float %290, ptr %291, align 4, !tbaa !8
+  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
+  %292 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
+  %293 = load float, ptr %292, align 4, !tbaa !31
+  %294 = fcmp oeq float %293, 0.000000e+00
+  br i1 %294, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %284 = fmul float %282, %228
-  %285 = tail call float @llvm.log.f32(float %284)
-  %286 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i
-  %287 = load float, ptr %286, align 4, !tbaa !33
-  %288 = fadd float %285, %287
+  %295 = fmul float %293, %239
+  %296 = tail call float @llvm.log.f32(float %295)
+  %297 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
+  %298 = load float, ptr %297, align 4, !tbaa !33
+  %299 = fadd float %296, %298
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %289 = phi float [ %288, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %290 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i
-  store float %289, ptr %290, align 4, !tbaa !8
-  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
-  %291 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.1
-  %292 = load float, ptr %291, align 8, !tbaa !31
-  %293 = fcmp oeq float %292, 0.000000e+00
-  br i1 %293, label %if_end30.i.2, label %if_else.i.2
+  %300 = phi float [ %299, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %301 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i
+  store float %300, ptr %301, align 4, !tbaa !8
+  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
+  %302 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
+  %303 = load float, ptr %302, align 8, !tbaa !31
+  %304 = fcmp oeq float %303, 0.000000e+00
+  br i1 %304, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %294 = fmul float %292, %228
-  %295 = tail call float @llvm.log.f32(float %294)
-  %296 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.1
-  %297 = load float, ptr %296, align 8, !tbaa !33
-  %298 = fadd float %295, %297
+  %305 = fmul float %303, %239
+  %306 = tail call float @llvm.log.f32(float %305)
+  %307 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
+  %308 = load float, ptr %307, align 8, !tbaa !33
+  %309 = fadd float %306, %308
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %299 = phi float [ %298, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %300 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i.1
-  store float %299, ptr %300, align 4, !tbaa !8
-  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
-  %301 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.2
-  %302 = load float, ptr %301, align 4, !tbaa !31
-  %303 = fcmp oeq float %302, 0.000000e+00
-  br i1 %303, label %if_end30.i.3, label %if_else.i.3
+  %310 = phi float [ %309, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %311 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i.1
+  store float %310, ptr %311, align 4, !tbaa !8
+  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
+  %312 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
+  %313 = load float, ptr %312, align 4, !tbaa !31
+  %314 = fcmp oeq float %313, 0.000000e+00
+  br i1 %314, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %304 = fmul float %302, %228
-  %305 = tail call float @llvm.log.f32(float %304)
-  %306 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.2
-  %307 = load float, ptr %306, align 4, !tbaa !33
-  %308 = fadd float %305, %307
+  %315 = fmul float %313, %239
+  %316 = tail call float @llvm.log.f32(float %315)
+  %317 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
+  %318 = load float, ptr %317, align 4, !tbaa !33
+  %319 = fadd float %316, %318
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %309 = phi float [ %308, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %310 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i.2
-  store float %309, ptr %310, align 4, !tbaa !8
-  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
-  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 128
-  br i1 %exitcond84.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !35
+  %320 = phi float [ %319, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %321 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i.2
+  store float %320, ptr %321, align 4, !tbaa !8
+  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
+  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 128
+  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !35
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
-  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)

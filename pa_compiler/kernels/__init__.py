@@ -13,7 +13,6 @@ from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
 from pa_compiler.kernels.fused_attend import fused_attend
 from pa_compiler.kernels.fused_decode import fused_decode
-from pa_compiler.kernels.merge_attend import merge_attend
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.kernels.merge_parts import merge_float32_parts, merge_parts
 from pa_compiler.key_ranges import decodes_by_attend
@@ -33,19 +32,20 @@ PIPELINES = {
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 
 ATTEND = {
-    "fused": {kernel.__name__: kernel for kernel in (fused_attend, merge_attend)},
+    "fused": {fused_attend.__name__: fused_attend},
     "staged": {f"attend_{kernel.__name__}": kernel for kernel in PIPELINES["staged"] if kernel != staged.online_update},
 }
 """The PrimFuncs of each pipeline's attend, for sequences of several query tokens, by their names; with tiles of their
-own, cpu.tiles.choose_attend. Those of the staged one are decode's with other tiles."""
+own, cpu.tiles.choose_attend. Those of the staged one are decode's with other tiles; what merges the partial results of
+the fused one is decode's."""
 
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
     """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names.
 
-    Without those of decode where attend's kernels are decode's too.
+    Of decode where attend's kernel is decode's too it is only what merges partial results.
     """
-    of_decode = () if decodes_by_attend(spec, pipeline) else PIPELINES[pipeline]
+    of_decode = (merge_partials,) if decodes_by_attend(spec, pipeline) else PIPELINES[pipeline]
     decode = {kernel.__name__: kernel(spec, tiling) for kernel in of_decode}
     return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 

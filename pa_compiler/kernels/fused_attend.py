@@ -43,7 +43,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     lse. Otherwise it writes the partial results of its heads to the slots from partial_start on, one for each token.
 
     From block_begin on, each attend_range_blocks blocks are a range. A range begins with an empty state, and the states
-    of ranges are merged in their order, here or in merge_attend: so what a token gets depends on neither. Tiles of
+    of ranges are merged in their order, here or in merge_partials: so what a token gets depends on neither. Tiles of
     tokens begin at multiples of kv_tile from there on.
     """
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile

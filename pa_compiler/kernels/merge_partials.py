@@ -1,4 +1,4 @@
-"""The last step of a sequence that several work items share: merge its partial results and write out and lse."""
+"""The last step of a query token whose keys several work items share: merge its partial results and write out and lse."""
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -14,28 +14,36 @@ from pa_compiler.tiles import Tiling
 
 
 def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """out and lse of one sequence, from its partial results in slots [partial_start, partial_start + num_partials).
+    """out and lse of one query token, from num_partials partial results, of ranges of its keys in their order.
 
-    out[seq] = acc / row_sum and lse[seq] = row_max + ln(row_sum), natural logarithm, for every head. An empty sequence
-    gives out = 0 and lse = -inf. num_partials is at least 1; merging one partial result is exact.
+    out[token] = acc / row_sum and lse[token] = row_max + ln(row_sum), natural logarithm, for every head. A token that
+    sees no key gives out = 0 and lse = -inf. num_partials is at least 1; merging one partial result is exact.
+
+    They lie in the slots partial_start, partial_start + partial_step and so on; the first num_shared of them, of a
+    prefix that sequences share, in shared_start, shared_start + shared_step and so on. num_keys is what the token may
+    see: its position and one more, or, where it sees more than what is before it, all tokens of its sequence; of these
+    a mask may leave fewer.
     """
     arrays, heads, dim = Arrays(spec, tiling), spec.num_heads, spec.result_dim
     merge_stage, normalize_stage = state.merge(heads, dim), state.normalize(spec, heads)
 
     @script.prim_func(s_tir=True)
     def merge_partials(
-        context_lens_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
         sinks_handle: T.handle,
-        seq: T.int32,
+        token: T.int32,
+        num_keys: T.int32,
         partial_start: T.int32,
+        partial_step: T.int32,
         num_partials: T.int32,
+        shared_start: T.int32,
+        shared_step: T.int32,
+        num_shared: T.int32,
     ):
-        context_lens = arrays.context_lens(context_lens_handle)
         partial_max = arrays.partial_rows(partial_max_handle)
         partial_sum = arrays.partial_rows(partial_sum_handle)
         partial_acc = arrays.partial_acc(partial_acc_handle)
@@ -53,9 +61,10 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     vstep = T.axis.opaque(num_partials, step)
                     T.reads()
                     T.writes()
-                    slot: T.let = partial_start + vstep
+                    own: T.let = partial_start + (vstep - num_shared) * partial_step
+                    slot: T.let = T.Select(vstep < num_shared, shared_start + vstep * shared_step, own)
                     merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
-            places: T.let = headroom(spec, context_lens[seq])
-            normalize_stage(running, out, lse, Rows(seq, 0, heads), places, sinks if spec.sinks else None)
+            places: T.let = headroom(spec, num_keys)
+            normalize_stage(running, out, lse, Rows(token, 0, heads), places, sinks if spec.sinks else None)
 
     return without(merge_partials)

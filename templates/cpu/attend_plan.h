@@ -19,19 +19,6 @@ constexpr int64_t kItemsOfThread = 2;  // items that a thread has at least, wher
 constexpr int64_t kFlopsOfByte = 8;    // FLOPs that take as long as to read a byte
 constexpr int64_t kMostPartialFloats = int64_t{1} << 24;
 
-// Slots of partial results: so many, one `step` after another.
-struct Slots {
-  int64_t start, step, count;
-};
-
-// The partial results of one query token, in the order in which they are merged: those of a prefix that its sequence
-// shares, and those of its own keys.
-struct TokenPartials {
-  Slots shared, own;
-
-  int64_t count() const { return shared.count + own.count; }
-};
-
 // What one thread computes at a time: some query tokens of a sequence with the heads of some kv heads, over the blocks
 // [block_begin, block_end).
 struct AttendItem {

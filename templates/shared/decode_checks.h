@@ -45,6 +45,8 @@ struct DecodeArguments {
   Scale scale;
 
   bool has_lse() const { return lse.tensor.data != nullptr; }
+  // Of a sequence, once the lengths are as kernels read them.
+  int64_t ContextLen(int64_t seq) const { return static_cast<const int32_t*>(context_lens.tensor.data)[seq]; }
 };
 
 // out of decode. Where its heads are given side by side, in rows of num_heads * value_dim, this is a view that tells

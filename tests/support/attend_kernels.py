@@ -1,4 +1,4 @@
-"""fused_attend and merge_attend by themselves, through TVM: work items as a host makes them."""
+"""fused_attend and merge_partials by themselves, through TVM: work items as a host makes them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pa_compiler import backends
 from pa_compiler.cpu import backend, build, instructions, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.kernels import build_attend
+from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles
 from pa_compiler.tiles import FEW_ROWS
 
@@ -32,6 +33,7 @@ class Kernels:
         cpu = cpu or this_cpu()
         self.spec, self.tiles = spec, dataclasses.replace(tiling.choose_attend(spec, cpu), **sizes)
         module = build_attend(spec, self.tiles)
+        module["merge_partials"] = merge_partials(spec, self.tiles)
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
         lowered = backend.lower(module, spec, self.tiles, self.tiles)
@@ -140,7 +142,7 @@ class Kernels:
                 "shared_start": 0, "shared_step": 0, "num_shared": 0, "num_partials": ranges,
                 "num_keys": context if sees_all else int(call.positions[item["token_begin"] + token]) + 1,
             }  # fmt: skip
-            self._call("merge_attend", arrays, numbers)
+            self._call("merge_partials", arrays, numbers)
 
 
 def tvm_empty(slots, spec):

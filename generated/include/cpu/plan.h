@@ -26,6 +26,19 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
+// Slots of partial results: so many, one `step` after another.
+struct Slots {
+  int64_t start, step, count;
+};
+
+// The partial results of one query token, in the order in which they are merged: those of a prefix that its sequence
+// shares, and those of its own keys.
+struct TokenPartials {
+  Slots shared, own;
+
+  int64_t count() const { return shared.count + own.count; }
+};
+
 // Whether sequences are cut at multiples of kSplitBlocks, as attend cuts them: Spec::kCutsAlike, of a Spec that has it.
 template <typename Spec, typename = void>
 constexpr bool kCutsAlike = false;
@@ -118,6 +131,7 @@ class Plan {
   const WorkItem& item(int64_t i) const { return items_.data()[i]; }
   int64_t partial_begin(int64_t seq) const { return partial_begin_.data()[seq]; }
   int64_t partials_of(int64_t seq) const { return partial_begin(seq + 1) - partial_begin(seq); }
+  TokenPartials PartialsOf(int64_t seq) const { return {{}, {partial_begin(seq), 1, partials_of(seq)}}; }
 
   int64_t num_partials = 0, num_items = 0;
   int64_t num_tokens = 0;  // of all items together
