@@ -21,6 +21,9 @@ FEW_ROWS = "fused_attend_few"
 CODES_OF_WORD = 8
 """Codes of 4 bits in a word of 32."""
 
+LLVM_LEVEL = "pa.llvm_level"
+"""The attribute of a PrimFunc that LLVM optimizes at another level than 3."""
+
 LANES = "pa.lanes"
 """The mark of an sblock that reads words in vectors, of whose lanes each is an operand of a product."""
 
@@ -121,6 +124,7 @@ class Tiling:
         few: Tiles of work items with no more rows than a tile of these has: they have a kernel of their own, which
             gives a query token the same bits. None: the kernel is one for all items.
         weighs_values: Whether weights are multiplied by scales of values, one for each token, before they are rounded.
+        llvm_level: LLVM's level of optimization of the kernel.
     """
 
     strategy: ClassVar[str]
@@ -149,6 +153,7 @@ class Tiling:
     rows_in_place: bool = dataclasses.field(default=False, kw_only=True)
     few: Tiling | None = dataclasses.field(default=None, kw_only=True)
     weighs_values: bool = dataclasses.field(default=False, kw_only=True)
+    llvm_level: int = dataclasses.field(default=3, kw_only=True)
 
     @property
     def rounds_weights(self) -> bool:

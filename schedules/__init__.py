@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tvm import IRModule
 from tvm.s_tir import SBlock, Schedule
-from tvm.tirx import Stmt
+from tvm.tirx import PrimFunc, Stmt
 
 from pa_compiler.schedules.cpu import (
     append_kv,
@@ -26,7 +26,7 @@ from pa_compiler.schedules.cpu import (
 )
 from pa_compiler.schedules.cuda import threads as cuda_threads
 from pa_compiler.statements import parts
-from pa_compiler.tiles import Tiling, VectorTiling
+from pa_compiler.tiles import LLVM_LEVEL, Tiling, VectorTiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,
@@ -51,8 +51,8 @@ def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
     Raises:
         ValueError: an sblock that neither is a stage of the strategy, nor lies within one, nor is listed as scalar.
     """
-    sch = Schedule(mod)
-    for variable in mod.get_global_vars():
+    sch = Schedule(IRModule({variable: _for_llvm(function, tiling) for variable, function in mod.functions.items()}))
+    for variable in sch.mod.get_global_vars():
         strategy, tiles = _strategy_of(variable.name_hint, tiling)
         sch.work_on(variable.name_hint)
         for apply in _stages(sch, variable.name_hint, strategy):
@@ -66,6 +66,11 @@ def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:
     if function.startswith("merge_") and isinstance(tiling, VectorTiling):
         return "head_dim_in_lanes", tiling.of_merge()
     return tiling.strategy, tiling
+
+
+def _for_llvm(function: PrimFunc, tiling: Tiling) -> PrimFunc:
+    """With what LLVM is told of it: nothing, where it optimizes as it does by default."""
+    return function if tiling.llvm_level == 3 else function.with_attr(LLVM_LEVEL, tiling.llvm_level)
 
 
 def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Schedule, Tiling], None]]:

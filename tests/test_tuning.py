@@ -159,6 +159,28 @@ def test_every_choice_makes_tiles(kernel, mcpu, monkeypatch):
     assert len(made) > 8
 
 
+def test_a_level_of_llvm_is_of_its_kernel_alone(monkeypatch):
+    """Less is unrolled at the second level."""
+    monkeypatch.setattr(choices, "CHOICES", ALL)
+    spec = PagedAttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64, block_size=16, dtype="float16")
+    config = {"kind": "llvm", "mcpu": "x86-64-v3"}
+    plain = compiler.emit(spec, config)
+    tuned = compiler.emit(spec, {**config, "tuned": {"attend": {"llvm_level": 2}}})
+    lengths = [{name: len(text) for name, text in _functions(each["asm"])} for each in (plain, tuned)]
+    shorter = {name for name in lengths[0] if lengths[1][name] < lengths[0][name]}
+    assert shorter == {"fused_attend"}
+    assert lengths[0] | {"fused_attend": 0} == lengths[1] | {"fused_attend": 0}
+    assert tuned["scheduled"].count('"pa.llvm_level": 2') == 1
+    assert plain["tensorir"] == tuned["tensorir"]
+
+
+def _functions(asm):
+    """(name, lines) of each kernel."""
+    for part in asm.split("\n__tvm_ffi_")[1:]:
+        name, lines = part.split(":", 1)
+        yield name, lines.split(".Lfunc_end")[0].splitlines()
+
+
 def test_a_core_has_a_row_of_its_own():
     zen3, any_avx2 = (target.resolve({"kind": "llvm", "mcpu": mcpu}) for mcpu in ("znver3", "x86-64-v3"))
     spec = PagedAttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")

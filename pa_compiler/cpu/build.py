@@ -13,6 +13,7 @@ from pa_compiler import interrupts
 from pa_compiler.backend import Links
 from pa_compiler.cpu import passes, places
 from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.tiles import LLVM_LEVEL
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -116,6 +117,8 @@ def _read(llvm: str, text: Path) -> Module:
 def translate(mod: IRModule, target: CpuTarget) -> Executable:
     """Scheduled PrimFuncs in LLVM's terms, which TVM can call.
 
+    LLVM optimizes them at the lowest level that one of them asks for.
+
     TVM's simplification is left out, which takes float32 for real numbers and divisors for what is not 0: what kernels
     say of NaN and of a division by 0 would not last.
     """
@@ -138,8 +141,10 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
         "tirx.CommonSubexprElim",
         "tirx.RemoveNoOp",
     ]
+    level = min(int(function.attrs.get(LLVM_LEVEL, 3)) for function in mod.functions.values())
+    of_tvm = target.of_tvm if level == 3 else target.of_tvm | {"opt-level": level}
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        return tvm.compile(mod, target=Target(target.of_tvm), tir_pipeline=passes.pipeline())
+        return tvm.compile(mod, target=Target(of_tvm), tir_pipeline=passes.pipeline())
 
 
 def _without_debug_info(llvm: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 TILES = tuple({"kv_tile": tokens, "second_level": 1 << 22} for tokens in (32, 64, 128, 256, 512))
 REGISTERS = tuple({"load_costs": [1, cost]} for cost in (0.25, 0.5, 1.5, 3, 6))
+LEVELS = ({"llvm_level": 2},)
 STREAMS = tuple({"streams": places, "paired_streams": places} for places in (1, 2, 4, 8, 16))
 
 CHOICES: Mapping[str, Mapping[str, tuple[dict[str, Any], ...]]] = {
@@ -16,10 +17,12 @@ CHOICES: Mapping[str, Mapping[str, tuple[dict[str, Any], ...]]] = {
         "tile": TILES,
         "registers": REGISTERS,
         "streams": STREAMS,
+        "optimizer": LEVELS,
     },
     "attend": {
         "tile": tuple({"attend_bytes": 1 << log2} for log2 in range(14, 21)),
         "registers": ({"attend_vectors": 1}, {"attend_vectors": 2}, *REGISTERS),
+        "optimizer": LEVELS,
     },
 }
 """What a target may say is tuned, by kernels: what is varied, in the order in which it is, and its choices.

@@ -37,6 +37,8 @@ class Machine(NamedTuple):
             broadcast an operand in memory themselves.
         pairs_codes: Whether codes of 8 bits become pairs of bfloat16 where there is vdpbf16ps: not where that does half
             of the products that float32's multiply-add does.
+        llvm_level: LLVM's level of optimization. At 3 it unrolls loops of twice the length that it does at 2, whole
+            ones too, beyond what schedules unroll.
     """
 
     second_level: int
@@ -53,6 +55,7 @@ class Machine(NamedTuple):
     attend_vectors: int = 1
     broadcast_registers: int = 2
     pairs_codes: bool = True
+    llvm_level: int = 3
 
 
 AVX2 = Machine(second_level=1 << 17)

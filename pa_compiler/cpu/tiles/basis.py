@@ -142,6 +142,7 @@ class Basis(NamedTuple):
             "pv_lanes": self.pv_lanes,
             "weighs_values": self.spec.token_scales,
             "by_element": self.target.by_element,
+            "llvm_level": self.machine.llvm_level,
         }
 
 
