@@ -1,4 +1,4 @@
-"""The last step of a query token whose keys several work items share: merge its partial results and write out and lse."""
+"""The last step of a query token whose keys several work items share: partial results are merged to out and lse."""
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
