@@ -123,6 +123,26 @@ def test_functions_with_inputs(compiled):
     assert_near_float64(module.spec, ragged, *ragged.attend(module))
 
 
+def by_head_and_sequence(score, batch, head, query_pos, key_pos, *, tilt):
+    return score + tilt[head, batch, 1] * 0.1 * (key_pos - query_pos)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "fields"),
+    [("fused", {}), ("fused", {"kv_dtype": "int8"}), ("fused", {"invariant": True}), ("staged", {})],
+    ids=["fused", "codes", "invariant", "staged"],
+)
+def test_an_input_with_the_batch_in_a_later_extent(compiled, pipeline, fields):
+    """The batch is that of sequences, for those of a single query token too, beside which there are other tokens."""
+    inputs = {"tilt": ("float32", (6, "batch", 2))}
+    spec = dataclasses.replace(BASE, score_mod=by_head_and_sequence, inputs=inputs, **fields)
+    module = compiled(spec, pipeline, attend=True)
+    given = {"tilt": np.random.default_rng(0).standard_normal((6, len(MIX), 2), np.float32)}
+    ragged = make_ragged(spec, MIX)
+    ragged = dataclasses.replace(ragged, options={"inputs": given})
+    assert_near_float64(spec, ragged, *ragged.attend(module))
+
+
 @every_layout
 @pytest.mark.parametrize("window", [None, 50])
 def test_one_query_token_each_is_decode(compiled, spec, window):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cuda_driver import stream
 from ragged_inputs import assert_near_float64, drawn_trees, make_ragged
+from test_attend import by_head_and_sequence
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
@@ -108,6 +109,18 @@ BAD = {  # what is changed, the error, what the host says, and what a kernel rep
         *[r"tree_mask: expected shape \[39\], n \* n for each sequence of n query tokens, got \[38\]"] * 2,
     ),
 }  # fmt: skip
+
+
+def test_an_input_with_the_batch_in_a_later_extent(gpu, gpu_module):
+    """The batch is that of sequences, of which one has a single query token beside others."""
+    inputs = {"tilt": ("float32", (SPEC.num_heads, "batch", 2))}
+    spec = dataclasses.replace(SPEC, score_mod=by_head_and_sequence, inputs=inputs)
+    given = {"tilt": np.random.default_rng(0).standard_normal((spec.num_heads, len(SEQUENCES), 2), np.float32)}
+    call = make_ragged(spec, SEQUENCES)
+    attend = Attend(gpu, call)
+    attend(gpu_module(spec, attend=True), inputs={"tilt": gpu.tensor(given["tilt"], writable=False)})
+    call = dataclasses.replace(call, options={"inputs": given})
+    assert_near_float64(spec, call, *attend.results())
 
 
 @pytest.mark.parametrize("case", BAD)
