@@ -65,12 +65,13 @@ def convert_cache(
     Raises:
         TypeError: an array is not a NumPy array of such a dtype.
         ValueError: an unknown layout or type, shapes that do not fit the layout or each other, sizes that to_layout or
-            a rotation refuses, or scales of codes that are not given.
+            a rotation refuses, scales of codes that are not given, or scales or a rotation that nothing asks for.
     """
     if dtype is not None:
         return _converted_type(
             (key_cache, value_cache), (from_layout, to_layout), dtype, (key_scale, value_scale), kv_rotation
         )
+    _check_none({"key_scale": key_scale, "value_scale": value_scale, "kv_rotation": kv_rotation}, "without dtype")
     for name, layout in (("from_layout", from_layout), ("to_layout", to_layout)):
         if layout not in KV_LAYOUTS:
             raise ValueError(f"{name}: expected one of {', '.join(KV_LAYOUTS)}, got {layout!r}")
@@ -96,6 +97,14 @@ def convert_cache(
     return keys, values
 
 
+def _check_none(given: dict[str, Any], why: str) -> None:
+    """Refuse arguments that nothing would be done with."""
+    for name, value in given.items():
+        if value is not None:
+            got = repr(value) if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"{name}: expected None {why}, got {got}")
+
+
 def _converted_type(
     caches: tuple[Any, Any], layouts: tuple[str, str], dtype: str, scales: tuple[Any, Any], kv_rotation: str | None
 ) -> tuple[Any, ...]:
@@ -108,6 +117,11 @@ def _converted_type(
         raise ValueError("value_cache: expected an array for another dtype, got None")
     in_order = convert_cache(*caches, layouts[0], "NHD")
     held = {np.dtype(of).name: name for name, of in codes.CODE_DTYPES.items()}.get(in_order[0].dtype.name)
+    if held is None and dtype not in KV_TYPES:
+        _check_none({"kv_rotation": kv_rotation}, "where neither cache is of codes")
+    if held is None and (dtype not in KV_TYPES or "token_head" in KV_TYPES[dtype]):
+        why = "whose scales are made" if dtype in KV_TYPES else "which has none"
+        _check_none({"key_scale": scales[0], "value_scale": scales[1]}, f"for a new cache of {dtype}, {why}")
     found, made = [], []
     for name, cache, scale in zip(("key", "value"), in_order, scales, strict=True):
         numbers = cache

@@ -131,6 +131,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
         ({"append": {}}, ValueError, r"target: expected tuned to have the kernels \['attend', 'decode'\], got also"),
         ({"decode": {"attend_bytes": 1}}, ValueError, "target: expected tuned decode to have some of .*'attend_bytes'"),
         ({"decode": {"kv_tile": 100}}, ValueError, "target: expected tuned decode kv_tile to be one of .* got 100"),
+        ({"decode": {"kv_tile": 64.0}}, ValueError, r"target: expected tuned decode kv_tile to be one of .* got 64\.0"),
         ({"attend": {"attend_vectors": True}}, ValueError, "target: expected tuned attend attend_vectors .* got True"),
     ],
 )

@@ -46,7 +46,7 @@ def checked(tuned: Any) -> dict[str, dict[str, Any]]:
         for name, value in fields.items():
             if name not in known:
                 raise ValueError(f"target: expected tuned {kernel} to have some of {sorted(known)}, got {name!r}")
-            if isinstance(value, bool) or value not in known[name]:
+            if not any(value == each and type(value) is type(each) for each in known[name]):
                 raise ValueError(f"target: expected tuned {kernel} {name} to be one of {known[name]}, got {value!r}")
     return {kernel: dict(sorted(tuned[kernel].items())) for kernel in CHOICES if tuned.get(kernel)}
 

@@ -238,7 +238,7 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     """Ask LLVM what a normalized target is. Imports TVM.
 
     Raises:
-        ValueError: LLVM does not know the mcpu.
+        ValueError: LLVM does not know the mcpu, or one of mattr, or makes no code for what is left of the CPU.
         ImportError, RuntimeError: there is no TVM, or one of another version.
     """
     versions.check_compiler()
@@ -253,6 +253,7 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
             example = made_for.example if made_for else "generic"
             raise ValueError(f"target: expected an mcpu that LLVM knows, such as {example}, got {normalized['mcpu']!r}")
         config = {key: value for key, value in normalized.items() if key != "tuned"}
+        _check_attributes(of_triple | {"mcpu": normalized["mcpu"]}, config.get("mattr", []))
     else:
         host = tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
         mattr = sorted(f"{'+' if present else '-'}{name}" for name, present in host.items())
@@ -264,7 +265,19 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
         config["tuned"] = normalized["tuned"]
     for attribute in config.get("mattr", []):
         (features.add if attribute[0] == "+" else features.discard)(attribute[1:])
+    architectures.check_features(architecture(normalized), str(config["mcpu"]), features)
     return CpuTarget(json.dumps(config, sort_keys=True), frozenset(features))
+
+
+def _check_attributes(of_tvm: dict[str, Any], attributes: list[str]) -> None:
+    """Refuse features that LLVM does not know and would leave out: of those it knows it says that they are added."""
+    from tvm.target import Target, codegen
+
+    for attribute in attributes:
+        name = attribute[1:]
+        added = codegen.llvm_get_cpu_features(Target(of_tvm | {"mattr": [f"+{name}"]}))
+        if name not in map(str, added):
+            raise ValueError(f"target: expected mattr to name features that LLVM knows, got {attribute!r}")
 
 
 def _without(names: tuple[str, ...], mattr: list[str], wanted: list[str]) -> list[str]:
