@@ -38,10 +38,10 @@ def test_decode(gpu, gpu_module, spec, check):
 
 
 @every_spec
-def test_verify(gpu, gpu_module, spec):
+def test_verify(gpu, gpu_module, spec, count):
     """Drawn calls of decode, attend and append_kv, whose scales are compared too."""
     module = on_gpu.OnGpu(gpu_module(spec, attend=True), gpu_memory.FakeMemory(gpu))
-    for number in range(6):
+    for number in range(count(2, 12)):
         result = verify.verify(module, seed=1, draw=number)
         assert result.passed, result.failures
         gpu.release()
