@@ -342,6 +342,9 @@ FAULTS = {
     "keys after a prefix taken for its last one": Fault(
         f"{_KERNELS}sight.py", "position + 1), context_len)", "position + 1), 1 << 30)", "test_shared_prefix.py"
     ),
+    "as many sequences as query tokens": Fault(
+        "templates/cpu/attend.h", "array->shape[0] = args.batch;", "", "test_attend.py"
+    ),
     "query tokens of the staged pipeline all at one position": Fault(
         f"{_KERNELS}chunk.py", "self.first_pos + nth + 1", "self.first_pos + 1", "test_attend_staged.py"
     ),
