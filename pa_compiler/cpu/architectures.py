@@ -80,9 +80,7 @@ def check_features(machine: str, mcpu: str, features: Collection[str]) -> None:
     if lacks or "soft-float" in features:
         needs = ", ".join(known.needs) if known else "registers of floating-point numbers"
         got = f"without {', '.join(lacks)}" if lacks else "with soft-float"
-        raise ValueError(
-            f"target: expected a CPU of {machine} with {needs}, without soft-float; got {mcpu!r} {got}"
-        )
+        raise ValueError(f"target: expected a CPU of {machine} with {needs}, without soft-float; got {mcpu!r} {got}")
 
 
 def of_cpu(mcpu: str) -> str:
