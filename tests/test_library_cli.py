@@ -86,6 +86,12 @@ def test_a_damaged_library_is_an_error(direct, tmp_path):
         assert "expected a library written by Module.save" in errors
 
 
+def test_a_bad_environment_variable_is_one_line(direct, library, monkeypatch):
+    monkeypatch.setenv("PA_THREADING", "x")
+    expected = "Error: PA_THREADING: expected one of auto, own, openmp, got 'x'\n"
+    assert direct("verify", library) == (1, "", expected)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -12,14 +12,14 @@ from rich.console import Console
 
 import pa_compiler
 from pa_compiler.cli import printing
-from pa_compiler.cli.options import check_takes_numpy, replace, spec_options, usage_errors
+from pa_compiler.cli.options import Command, check_takes_numpy, replace, spec_options
 from pa_compiler.cli.progress import step
 from pa_compiler.verification import accuracy, cases
 
 _FILE = click.Path(exists=False, path_type=str)
 
 
-@click.command("accuracy")
+@click.command("accuracy", cls=Command)
 @spec_options
 @click.option("--data", type=click.Choice(["plain", "outliers"]), default="plain", help="What is drawn.")
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, help="Tokens that are drawn.")
@@ -52,18 +52,16 @@ def accuracy_command(
     """
     check_takes_numpy(target)
     spec = replace(cases.DEFAULT.spec)
-    with usage_errors():
-        found = accuracy.drawn(spec, tokens, queries, outliers=data == "outliers", seed=seed)
-        if (keys is None) != (values is None):
-            raise ValueError("keys: expected together with values, got one of the two")
-        given = {"keys": keys, "values": values, "query": query}
-        found = found._replace(**{name: load(name, path) for name, path in given.items() if path is not None})
+    found = accuracy.drawn(spec, tokens, queries, outliers=data == "outliers", seed=seed)
+    if (keys is None) != (values is None):
+        raise ValueError("keys: expected together with values, got one of the two")
+    given = {"keys": keys, "values": values, "query": query}
+    found = found._replace(**{name: load(name, path) for name, path in given.items() if path is not None})
     results = []
     for each in accuracy.variants(spec) if every else [spec]:
-        with step(f"Compiling {each.kv_dtype or each.dtype}"), usage_errors():
+        with step(f"Compiling {each.kv_dtype or each.dtype}"):
             module = pa_compiler.compile(each, target, pipeline)
-        with usage_errors():
-            results.append(accuracy.measure(module, found, scale=scale, num_worst=worst))
+        results.append(accuracy.measure(module, found, scale=scale, num_worst=worst))
     console = Console()
     if every:
         printing.print_text(console, "\n".join(accuracy_table(results)) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
@@ -31,6 +32,7 @@ def main(words: Sequence[str]) -> None:
 
     Raises:
         SystemExit: a bad argument (2), or a draw that fails, or an error that the words of a message tell (1).
+        OSError: the library cannot be read, or stdout not written.
     """
     parser, parsers = _parsers()
     arguments = vars(parser.parse_args(words))
@@ -41,10 +43,12 @@ def main(words: Sequence[str]) -> None:
         COMMANDS[name](**arguments)
     except (TypeError, ValueError) as error:  # of an argument, whose name comes first
         argument, _, rest = str(error).partition(": ")
-        if argument not in arguments:
-            raise
-        parsers[name].error(f"argument {text.flag(argument)}: {rest}")
-    except (ImportError, OSError, RuntimeError) as error:
+        if argument in arguments:
+            parsers[name].error(f"argument {text.flag(argument)}: {rest}")
+        if argument in os.environ:
+            fail(str(error))
+        raise
+    except (ImportError, RuntimeError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted")

@@ -21,13 +21,13 @@ from pa_compiler.cli.accuracy import accuracy_command
 from pa_compiler.cli.bundles import bundle_command
 from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
+    Command,
     call_options,
     check_takes_numpy,
     extras,
     extras_options,
     replace,
     spec_options,
-    usage_errors,
 )
 from pa_compiler.cli.progress import step
 from pa_compiler.cli.tuning import tune_command
@@ -50,7 +50,7 @@ def main() -> None:
     """Compile paged attention from TensorIR to one shared library, run it, and look inside."""
 
 
-@main.command()
+@main.command(cls=Command)
 @call_options
 @click.option(
     "--repeat",
@@ -66,19 +66,17 @@ def run(
     The exit status is 1 if the result is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    with usage_errors():
-        items = module.plan(case.context_lens, case.query_start_loc)
+    items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
     heads = cases.head_arrays(case, seed)
-    with usage_errors():
-        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(3, 100, 1))
+    out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(3, 100, 1))
     report.print_times(_STDOUT, case, seconds)
     _compare(out, case, inputs, heads)
 
 
-@main.command()
+@main.command(cls=Command)
 @call_options
 @click.option(
     "--repeat",
@@ -94,19 +92,17 @@ def bench(
     The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    with usage_errors():
-        items = module.plan(case.context_lens, case.query_start_loc)
+    items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
     inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
     heads = cases.head_arrays(case, seed)
-    with usage_errors():
-        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(10, 1000, 3))
+    out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(10, 1000, 3))
     report.print_distribution(_STDOUT, case, seconds)
     _compare(out, case, inputs, heads)
 
 
-@main.command()
+@main.command(cls=Command)
 @spec_options
 @extras_options
 @click.option(
@@ -115,7 +111,7 @@ def bench(
 def build(output: Path, target: Any, pipeline: str, **options: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     try:
         module.save(output)
@@ -150,21 +146,21 @@ main.add_command(pages.diff_command)
 main.add_command(tune_command)
 
 
-@main.command()
+@main.command(cls=Command)
 @spec_options
 @extras_options
 @click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
 def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         texts = compiler.emit(spec, target, pipeline, **extras(options))
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
     report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
 
 
-@main.command("explain")
+@main.command("explain", cls=Command)
 @spec_options
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
@@ -194,7 +190,7 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
     if as_json:
         click.echo(report.explanation_json(spec, explanation, sections or report.SECTIONS))
@@ -202,14 +198,14 @@ def explain_command(
         report.print_explanation(_STDOUT, spec, explanation, sections or report.SECTIONS)
 
 
-@main.command("generate")
+@main.command("generate", cls=Command)
 @click.option("--check", is_flag=True, help="Write nothing: print a diff and exit with 1 if anything differs.")
 @click.option(
     "--directory", type=click.Path(file_okay=False, path_type=Path), default="generated", help="Where the files are."
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")
@@ -230,7 +226,7 @@ def _check_memory(case: cases.Case) -> None:
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 
