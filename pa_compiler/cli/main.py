@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
     Command,
     call_options,
+    check_memory,
     check_takes_numpy,
     extras,
     extras_options,
@@ -217,12 +217,9 @@ def generate_command(check: bool, directory: Path) -> None:
 
 
 def _check_memory(case: cases.Case) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and six of scores.
     of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 6 * case.spec.num_heads
-    needed = case.cache_bytes + 8 * case.longest * of_token
-    if needed > memory:
-        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
+    check_memory(case.cache_bytes + 8 * case.longest * of_token)
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:

@@ -261,3 +261,10 @@ def check_takes_numpy(target: Any) -> None:
     if not backends.of(backends.normalize(target)).takes_numpy:
         command = click.get_current_context().info_name
         raise ValueError(f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU")
+
+
+def check_memory(needed: int) -> None:
+    """Refuse what needs more bytes than this machine has."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
