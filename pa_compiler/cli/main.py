@@ -12,7 +12,7 @@ from rich.console import Console
 
 import pa_compiler
 from pa_compiler import compiler, generate
-from pa_compiler.backend import Limits
+from pa_compiler.backend import checked_limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pa_compiler.runtime.module import Module
 
 _STDOUT = Console()
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
 _LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
 
@@ -162,8 +161,8 @@ def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
 
 @main.command("explain", cls=Command)
 @spec_options
-@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
-@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
+@click.option("--flops", type=float, help="GFLOP/s of float32 of one core, for the predicted time.")
+@click.option("--bandwidth", type=float, help="GB/s that one core reads, for the predicted time.")
 @click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
 @click.option(
     "--section",
@@ -190,8 +189,9 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
+    limits = checked_limits(flops, bandwidth, gpu)
     with step("Compiling"):
-        explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
+        explanation = compiler.explain(spec, target, pipeline, limits)
     if as_json:
         click.echo(report.explanation_json(spec, explanation, sections or report.SECTIONS))
     else:

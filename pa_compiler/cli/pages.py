@@ -11,14 +11,11 @@ import click
 from rich.console import Console
 
 from pa_compiler import compiler
-from pa_compiler.backend import Limits
 from pa_compiler.cli import differences, printing
 from pa_compiler.cli.options import Command, SeqLens, extras, extras_options, replace, spec_options
 from pa_compiler.cli.progress import step
 from pa_compiler.cli.text import flag
 from pa_compiler.verification import cases
-
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command("report", cls=Command)
@@ -50,8 +47,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     show_default="the CPUs of this process",
     help="Threads that share the work of the plan.",
 )
-@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the roofline.")
-@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the roofline.")
+@click.option("--flops", type=float, help="GFLOP/s of float32 of one core, for the roofline.")
+@click.option("--bandwidth", type=float, help="GB/s that one core reads, for the roofline.")
 @click.option("--measure", is_flag=True, help="Predict and time the call of the plan on one thread.")
 def report_command(
     output: Path,
@@ -85,7 +82,8 @@ def report_command(
             module,
             _repeated(lens, count),
             _repeated(query_lens, count),
-            Limits(flops, bandwidth),
+            flops,
+            bandwidth,
             measure,
             again=_again(),
             step=step,
