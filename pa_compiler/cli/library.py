@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from pa_compiler.verification.verify import Verification
 
 _SHOWN_FAILURES = 5
+_SECONDS = (
+    "Time to spend on draws. One is made at least; one that has begun is finished, and one of long contexts takes up "
+    "to a minute. [default: 10]"
+)
 
 
 def main(words: Sequence[str]) -> None:
@@ -151,7 +155,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         parsers[name] = commands.add_parser(name, help=said.partition("\n")[0], description=said, allow_abbrev=False)
         parsers[name].add_argument("library", type=Path, help="What Module.save or pa-compiler build wrote.")
     option = parsers["verify"].add_argument
-    option("--seconds", type=float, default=10, help="Time to spend on draws; one is made at least. [default: 10]")
+    option("--seconds", type=float, default=10, help=_SECONDS)
     option("--seed", type=int, help="Seed of the draws. [default: a new one]")
     option("--draw", type=int, help="The one draw of the seed to make. [default: all]")
     for field, said in functions.FIELDS.items():

@@ -248,7 +248,8 @@ class Module(Calls):
         huge scores; arrays as views, at any number of threads.
 
         Args:
-            seconds: Draws until so much time has passed; one draw at least.
+            seconds: Draws until so much time has passed; one draw at least. One that has begun is finished, and
+                one of long contexts takes up to a minute.
             seed: Of the draws; a new one where it is None.
             draw: The one draw to make, as a failure names it beside its seed.
             score_mod: The function of the spec, where the module was loaded: the reference calls it.
