@@ -13,7 +13,8 @@ from pa_compiler.runtime import versions
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command with these words, or with those of the process. It may end by SystemExit.
 
-    An OSError, as of a disk that is full, is one line of stderr, whichever command it comes from.
+    An OSError, as of a disk that is full, is one line of stderr, whichever command it comes from, and so is Ctrl-C
+    while the command is imported.
     """
     try:
         try:
@@ -25,6 +26,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if sys.stdout is sys.__stdout__ and sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more in the end
         library_cli.fail(str(error))
+    except KeyboardInterrupt:
+        library_cli.fail("interrupted")
 
 
 def _command(words: Sequence[str]) -> None:
