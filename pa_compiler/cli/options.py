@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -39,7 +40,9 @@ class Command(click.Command):
             if name in os.environ:
                 raise click.ClickException(str(error)) from error
             raise
-        except (ImportError, RuntimeError) as error:  # the program shows an OSError
+        except (ImportError, OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):  # of stdout: main() shows it
+                raise
             if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
                 raise
             raise click.ClickException(str(error)) from error
