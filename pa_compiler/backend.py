@@ -104,6 +104,22 @@ class Limits(NamedTuple):
     gpu: str | None = None
 
 
+LEAST_LIMIT, MOST_LIMIT = 1e-6, 1e12
+"""Between these flops and bandwidth are: a roofline of both has a few tens of powers of ten, and nothing overflows."""
+
+
+def checked_limits(flops: float | None, bandwidth: float | None, gpu: str | None = None) -> Limits:
+    """Limits that a user gave.
+
+    Raises:
+        ValueError: flops or bandwidth is out of range.
+    """
+    for name, value in (("flops", flops), ("bandwidth", bandwidth)):
+        if value is not None and not LEAST_LIMIT <= value <= MOST_LIMIT:
+            raise ValueError(f"{name}: expected a number from {LEAST_LIMIT:g} to {MOST_LIMIT:g}, got {value!r}")
+    return Limits(flops, bandwidth, gpu)
+
+
 class Explanation(NamedTuple):
     """What a target decides for a spec and why, and what the machine code consists of, each in the target's own words.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -94,30 +96,92 @@ def test_data_is_refused_by_name(compiled):
         measure(module, spoiled)
 
 
+OPTIONS = "--num-heads 4 --num-kv-heads 2 --head-dim 32 --block-size 16 --dtype float32 --kv-dtype int8".split()
+
+
 def test_the_command_takes_files(tmp_path):
     data = drawn(SPEC, 50, 1, seed=4)
     for name in ("keys", "values"):
         np.save(tmp_path / f"{name}.npy", getattr(data, name))
-    options = [
-        "--num-heads",
-        "4",
-        "--num-kv-heads",
-        "2",
-        "--head-dim",
-        "32",
-        "--block-size",
-        "16",
-        "--dtype",
-        "float32",
-    ]
     files = ["--keys", str(tmp_path / "keys.npy"), "--values", str(tmp_path / "values.npy")]
-    result = CliRunner().invoke(main, ["accuracy", "--kv-dtype", "int8", *options, *files, "--worst", "3"])
+    result = CliRunner().invoke(main, ["accuracy", *OPTIONS, *files, "--worst", "3"])
     assert result.exit_code == 0, result.output
     assert "50 tokens" in result.output
     for given, says in (
         (files[:2], "expected together with values"),
         (["--keys", "none.npy", "--values", "none.npy"], "expected an array in none.npy"),
     ):
-        result = CliRunner().invoke(main, ["accuracy", "--kv-dtype", "int8", *options, *given])
+        result = CliRunner().invoke(main, ["accuracy", *OPTIONS, *given])
         assert result.exit_code == 2
         assert says in result.output
+
+
+def test_the_command_draws_slopes_and_sinks():
+    words = ["accuracy", *OPTIONS, "--tokens", "64", "--alibi", "--sinks", "--worst", "0"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "ALiBi, a slope for each head; a sink for each head" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mask-mod", "test_accuracy:mask"], "'--mask-mod': expected None for a comparison of caches, got"),
+        (["--score-mod", "test_accuracy:score"], "'--score-mod': expected None for a comparison of caches, got"),
+        (["--tokens", "99999999999"], "GB are needed and this machine has"),
+        (["--queries", "99999999999"], "GB are needed and this machine has"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_refuses_what_it_cannot_measure(words, says):
+    result = CliRunner().invoke(main, ["accuracy", *OPTIONS, *words], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Compiling" not in result.stderr
+
+
+def score(score, batch, head, query_pos, key_pos):
+    return score * 2
+
+
+def mask(batch, head, query_pos, key_pos):
+    return key_pos <= query_pos
+
+
+def damaged(path):
+    """What safetensors.numpy.load_file raises of a file that is none of its own: no subclass of what NumPy raises."""
+    raise SafetensorError(f"header too large: {path}")
+
+
+class SafetensorError(Exception):
+    """As safetensors has it."""
+
+
+FILES = {
+    "empty.npy": (lambda path: path.touch(), "expected an array in empty.npy: No data left in file"),
+    "k.npz": (lambda path: np.savez(path, np.ones(3)), "expected a .npy, which is one array, got a .npz: k.npz"),
+    "bad.npz": (lambda path: path.write_bytes(b"PK\3\4nothing"), "expected an array in bad.npz: "),
+    "complex.npy": (lambda path: np.save(path, np.ones((5, 2, 32), complex)), "expected real numbers, got complex128"),
+    "words.npy": (lambda path: np.save(path, np.full((5, 2, 32), "no")), "expected real numbers, got <U2"),
+    "bad.safetensors:k": (lambda path: None, "expected an array in bad.safetensors:k: header too large"),
+}
+
+
+@pytest.mark.parametrize(("name", "made", "says"), [(name, *each) for name, each in FILES.items()], ids=FILES)
+def test_the_command_refuses_files_by_name(tmp_path, monkeypatch, name, made, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", types.SimpleNamespace(load_file=damaged))
+    made(tmp_path / name)
+    np.save("values.npy", np.ones((5, 2, 32), np.float32))
+    words = ["accuracy", *OPTIONS, "--keys", name, "--values", "values.npy"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert f"'--keys': {says}" in result.stderr
+
+
+def test_the_command_says_that_safetensors_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    words = ["accuracy", *OPTIONS, "--keys", "a.safetensors:k", "--values", "a.safetensors:v"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert "'--keys': expected safetensors to be installed for a.safetensors:k\n" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from specs import BASE
 
 import pa_compiler
 from pa_compiler import artifact, compiler
@@ -152,6 +154,40 @@ def test_a_missing_system_compiler_is_named(invoke, tmp_path):
     assert result.exit_code == 1
     assert "no-such-compiler" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PA_THREADING", "x"), ("PA_CPUS", "9-1"), ("PA_TUNE", "7"), ("PA_NUM_THREADS", "")]
+)
+def test_a_bad_environment_variable_is_one_line(invoke, name, value):
+    result = invoke("run", *SMALL, **{name: value})
+    assert result.exit_code == 1
+    _, said = result.stderr.splitlines()  # after "Compiling ..."
+    assert said.startswith(f"Error: {name}: expected ")
+    assert said.endswith(f", got {value!r}")
+
+
+def test_another_error_is_a_defect_and_keeps_its_traceback(invoke, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("shapes: of two arrays")
+
+    monkeypatch.setattr(compiler, "emit", fail)
+    with pytest.raises(ValueError, match="shapes: of two arrays"):
+        invoke("inspect")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", ["--help", "cache dir", f"run {' '.join(SMALL)}", "show LIBRARY"])
+def test_a_full_disk_is_one_line(build_cache, compiled, tmp_path, words, unbuffered):
+    compiled(BASE).save(tmp_path / "LIBRARY")
+    command = [Path(sys.executable).with_name("pa-compiler"), *words.split()]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path, check=False
+        )
+    said = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
+    assert (done.returncode, said) == (1, ["Error: [Errno 28] No space left on device"])
 
 
 def test_build_writes_a_library_that_loads(invoke, tmp_path):

@@ -13,6 +13,7 @@ from specs import BASE
 from pa_compiler.__main__ import main
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import main as cli
+from pa_compiler.runtime import versions
 from pa_compiler.verification import verify
 
 
@@ -84,6 +85,20 @@ def test_a_damaged_library_is_an_error(direct, tmp_path):
         assert status == 1
         assert "Error: " in errors
         assert "expected a library written by Module.save" in errors
+
+
+def test_a_bad_environment_variable_is_one_line(direct, library, monkeypatch):
+    monkeypatch.setenv("PA_THREADING", "x")
+    expected = "Error: PA_THREADING: expected one of auto, own, openmp, got 'x'\n"
+    assert direct("verify", library) == (1, "", expected)
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(direct, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(versions, "absent", interrupted)
+    assert direct("--help") == (1, "", "Error: interrupted\n")
 
 
 class Terminal(io.StringIO):

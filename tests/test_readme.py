@@ -135,6 +135,15 @@ def test_every_command_and_option_is_described(build_cache):
     assert named - {"--help"} <= options | {flag(field.name) for field in dataclasses.fields(PagedAttentionSpec)}
 
 
+def test_the_options_of_the_spec_stand_beside_the_commands_that_take_them():
+    options, of, _ = rows(section(REFERENCE, "## Command line"), "options")[0]
+    fields = {flag(field.name) for field in dataclasses.fields(PagedAttentionSpec)} - {"--inputs"} | {"--input"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", options)) == fields
+    names = {name: {param.name for param in command.params} for name, command in cli.main.commands.items()}
+    takers = {name for name, taken in names.items() if taken & {"num_heads", "specs"}}
+    assert set(re.findall(r"\b[a-z]+\b", re.sub(r"in `--spec`", "", of))) == takers
+
+
 def test_every_field_of_the_spec_is_described():
     fields = {field.name for field in dataclasses.fields(PagedAttentionSpec)}
     assert {cells[0].strip("`") for cells in rows(section(REFERENCE, "## Spec"), "field")} == fields

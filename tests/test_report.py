@@ -121,14 +121,33 @@ def test_a_loaded_module_has_no_texts_but_all_else(compiled, made, tmp_path):
         ({"context_lens": [4, 5], "query_lens": [1]}, r"^query_lens: expected 2 numbers, one for each sequence, got 1"),
         ({"context_lens": [4], "query_lens": [5]}, r"^query_lens: expected at most the 4 tokens of sequence 0, got 5"),
         ({"context_lens": [0], "measure": True}, r"^context_lens: expected tokens that can be measured, got none"),
-        ({"flops": 0.0}, r"^flops: expected a number above 0, got 0.0"),
-        ({"bandwidth": float("nan")}, r"^bandwidth: expected a number above 0, got nan"),
+        ({"flops": 0.0}, r"^flops: expected a number from 1e-06 to 1e\+12, got 0.0"),
+        ({"flops": 1e300, "bandwidth": 1e-300}, r"^flops: expected a number from 1e-06 to 1e\+12, got 1e\+300"),
+        ({"bandwidth": float("nan")}, r"^bandwidth: expected a number from 1e-06 to 1e\+12, got nan"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_bad_arguments_write_nothing(module, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         module.report(tmp_path / "report.html", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flops", "bandwidth"), [(1e12, 1e-6), (1e-6, 1e12), (1e-6, 1e-6), (1e12, 1e12)])
+def test_any_limits_make_a_page(module, tmp_path, flops, bandwidth):
+    module.report(tmp_path / "report.html", flops=flops, bandwidth=bandwidth)
+    page = (tmp_path / "report.html").read_text()
+    assert f"{flops:,.4g} GFLOP/s" in page
+    assert '="nan' not in page
+
+
+@pytest.mark.parametrize("words", ["report -o report.html", "explain"])
+def test_the_commands_refuse_other_limits(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    words = [*words.split(), "--flops", "40", "--bandwidth", "1e-300"]
+    result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "'--bandwidth': expected a number from 1e-06 to 1e+12, got 1e-300" in result.stderr
     assert not any(tmp_path.iterdir())
 
 

@@ -12,14 +12,15 @@ from rich.console import Console
 
 import pa_compiler
 from pa_compiler.cli import printing
-from pa_compiler.cli.options import check_takes_numpy, replace, spec_options, usage_errors
+from pa_compiler.cli.options import Command, check_memory, check_takes_numpy, replace, spec_options
 from pa_compiler.cli.progress import step
-from pa_compiler.verification import accuracy, cases
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import accuracy, cases, inputs
 
 _FILE = click.Path(exists=False, path_type=str)
 
 
-@click.command("accuracy")
+@click.command("accuracy", cls=Command)
 @spec_options
 @click.option("--data", type=click.Choice(["plain", "outliers"]), default="plain", help="What is drawn.")
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, help="Tokens that are drawn.")
@@ -52,18 +53,19 @@ def accuracy_command(
     """
     check_takes_numpy(target)
     spec = replace(cases.DEFAULT.spec)
-    with usage_errors():
-        found = accuracy.drawn(spec, tokens, queries, outliers=data == "outliers", seed=seed)
-        if (keys is None) != (values is None):
-            raise ValueError("keys: expected together with values, got one of the two")
-        given = {"keys": keys, "values": values, "query": query}
-        found = found._replace(**{name: load(name, path) for name, path in given.items() if path is not None})
+    accuracy.check_spec(spec)
+    _check_memory(spec, tokens, queries)
+    found = accuracy.drawn(spec, tokens, queries, outliers=data == "outliers", seed=seed)
+    if (keys is None) != (values is None):
+        raise ValueError("keys: expected together with values, got one of the two")
+    given = {"keys": keys, "values": values, "query": query}
+    found = found._replace(**{name: load(name, path) for name, path in given.items() if path is not None})
+    heads = inputs.head_arrays(np.random.default_rng((1, seed)), spec, queries)
     results = []
     for each in accuracy.variants(spec) if every else [spec]:
-        with step(f"Compiling {each.kv_dtype or each.dtype}"), usage_errors():
+        with step(f"Compiling {each.kv_dtype or each.dtype}"):
             module = pa_compiler.compile(each, target, pipeline)
-        with usage_errors():
-            results.append(accuracy.measure(module, found, scale=scale, num_worst=worst))
+        results.append(accuracy.measure(module, found, scale=scale, num_worst=worst, **heads))
     console = Console()
     if every:
         printing.print_text(console, "\n".join(accuracy_table(results)) + "\n")
@@ -79,18 +81,27 @@ def load(name: str, path: str) -> np.ndarray:
     """
     file, _, tensor = path.partition(".safetensors:")
     try:
-        if not tensor:
-            return np.asarray(np.load(path, allow_pickle=False))
-        try:
-            safetensors = importlib.import_module("safetensors.numpy")
-        except ImportError as error:
-            raise ValueError(f"{name}: expected safetensors to be installed for {path}") from error
-        arrays = safetensors.load_file(f"{file}.safetensors")
-    except (OSError, ValueError, KeyError) as error:
+        if tensor:
+            found = importlib.import_module("safetensors.numpy").load_file(f"{file}.safetensors")
+        else:
+            with Path(path).open("rb") as opened:  # NumPy leaves a damaged .npz open
+                found = np.load(opened, allow_pickle=False)
+    except ImportError as error:
+        raise ValueError(f"{name}: expected safetensors to be installed for {path}") from error
+    except Exception as error:  # of a damaged file NumPy and safetensors may raise anything
         raise ValueError(f"{name}: expected an array in {path}: {error}") from error
-    if tensor not in arrays:
-        raise ValueError(f"{name}: expected one of {', '.join(sorted(arrays))} in {Path(file).name}, got {tensor!r}")
-    return np.asarray(arrays[tensor])
+    if tensor and tensor not in found:
+        raise ValueError(f"{name}: expected one of {', '.join(sorted(found))} in {Path(file).name}, got {tensor!r}")
+    if not tensor and not isinstance(found, np.ndarray):
+        raise ValueError(f"{name}: expected a .npy, which is one array, got a .npz: {path}")
+    return np.asarray(found[tensor] if tensor else found)
+
+
+def _check_memory(spec: PagedAttentionSpec, tokens: int, queries: int) -> None:
+    """Refuse more than memory has room for: float64 of the data, and of a query's scores on it and on the codes."""
+    of_token = spec.num_kv_heads * (spec.head_dim + 2 * spec.result_dim) + 6 * spec.num_heads
+    of_query = spec.num_heads * (spec.head_dim + spec.result_dim) + tokens // spec.block_size
+    check_memory(8 * (2 * tokens * of_token + queries * of_query))
 
 
 def _print(console: Console, found: accuracy.Accuracy) -> None:

@@ -10,13 +10,13 @@ import click
 
 import pa_compiler
 from pa_compiler import backends, naming
-from pa_compiler.cli.options import Target, replace, spec_fields, usage_errors
+from pa_compiler.cli.options import Command, Target, replace, spec_fields
 from pa_compiler.cli.progress import step
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
 
 
-@click.command("spec", add_help_option=False)
+@click.command("spec", cls=Command, add_help_option=False)
 @spec_fields
 def _spec(**_: Any) -> PagedAttentionSpec:
     """The options of one spec."""
@@ -54,7 +54,7 @@ class Targets(click.ParamType):
         return [Target().convert(word.strip(), param, ctx) for word in words]
 
 
-@click.command("bundle")
+@click.command("bundle", cls=Command)
 @click.option(
     "--spec",
     "specs",
@@ -87,7 +87,7 @@ def bundle_command(
     It needs libc, libm and pthread to run. The directory gets lib/libpa.so and libpa.a, include/pa.h, files for CMake
     and pkg-config, manifest.json, and the text of every stage.
     """
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         pa_compiler.bundle(specs, [each for some in targets for each in some], directory, processes=processes)
     library = directory / "lib" / "libpa.so"
     click.echo(f"{click.format_filename(library)}: {library.stat().st_size:,} bytes")

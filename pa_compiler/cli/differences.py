@@ -14,7 +14,7 @@ import click
 from pa_compiler import artifact, backends, compiler, store
 from pa_compiler.backend import Limits
 from pa_compiler.cli import text as words_of
-from pa_compiler.cli.options import replace, spec_options
+from pa_compiler.cli.options import Command, replace, spec_options
 from pa_compiler.runtime import manifest
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -79,7 +79,7 @@ def _options(words: str, common: PagedAttentionSpec, target: Any, pipeline: str)
         chosen = given | known
         return replace(common), chosen["target"], chosen["pipeline"]
 
-    command = click.command(add_help_option=False)(found)
+    command = click.command(cls=Command, add_help_option=False)(found)
     with command.make_context("diff", shlex.split(words)) as ctx:
         return command.invoke(ctx)
 

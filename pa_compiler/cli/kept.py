@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pa_compiler.cli.options import usage_errors
+from pa_compiler.cli.options import Command
 
 
 @click.group("cache")
@@ -12,19 +12,17 @@ def cache_command() -> None:
     """Look after the compiled modules that are kept on disk."""
 
 
-@cache_command.command("dir")
+@cache_command.command("dir", cls=Command)
 def cache_dir() -> None:
     """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
     from pa_compiler import store as cache
 
-    with usage_errors():
-        click.echo(click.format_filename(cache.directory()))
+    click.echo(click.format_filename(cache.directory()))
 
 
-@cache_command.command("clear")
+@cache_command.command("clear", cls=Command)
 def cache_clear() -> None:
     """Delete all compiled modules."""
     from pa_compiler import store as cache
 
-    with usage_errors():
-        cache.clear()
+    cache.clear()

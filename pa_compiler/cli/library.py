@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from pa_compiler.verification.verify import Verification
 
 _SHOWN_FAILURES = 5
+_SECONDS = (
+    "Time to spend on draws. One is made at least; one that has begun is finished, and one of long contexts takes up "
+    "to a minute. [default: 10]"
+)
 
 
 def main(words: Sequence[str]) -> None:
@@ -31,6 +36,7 @@ def main(words: Sequence[str]) -> None:
 
     Raises:
         SystemExit: a bad argument (2), or a draw that fails, or an error that the words of a message tell (1).
+        OSError: the library cannot be read, or stdout not written.
     """
     parser, parsers = _parsers()
     arguments = vars(parser.parse_args(words))
@@ -41,10 +47,12 @@ def main(words: Sequence[str]) -> None:
         COMMANDS[name](**arguments)
     except (TypeError, ValueError) as error:  # of an argument, whose name comes first
         argument, _, rest = str(error).partition(": ")
-        if argument not in arguments:
-            raise
-        parsers[name].error(f"argument {text.flag(argument)}: {rest}")
-    except (ImportError, OSError, RuntimeError) as error:
+        if argument in arguments:
+            parsers[name].error(f"argument {text.flag(argument)}: {rest}")
+        if argument in os.environ:
+            fail(str(error))
+        raise
+    except (ImportError, RuntimeError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted")
@@ -147,7 +155,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         parsers[name] = commands.add_parser(name, help=said.partition("\n")[0], description=said, allow_abbrev=False)
         parsers[name].add_argument("library", type=Path, help="What Module.save or pa-compiler build wrote.")
     option = parsers["verify"].add_argument
-    option("--seconds", type=float, default=10, help="Time to spend on draws; one is made at least. [default: 10]")
+    option("--seconds", type=float, default=10, help=_SECONDS)
     option("--seed", type=int, help="Seed of the draws. [default: a new one]")
     option("--draw", type=int, help="The one draw of the seed to make. [default: all]")
     for field, said in functions.FIELDS.items():

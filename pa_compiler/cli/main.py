@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 
 import pa_compiler
 from pa_compiler import compiler, generate
-from pa_compiler.backend import Limits
+from pa_compiler.backend import checked_limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
@@ -21,13 +20,14 @@ from pa_compiler.cli.accuracy import accuracy_command
 from pa_compiler.cli.bundles import bundle_command
 from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
+    Command,
     call_options,
+    check_memory,
     check_takes_numpy,
     extras,
     extras_options,
     replace,
     spec_options,
-    usage_errors,
 )
 from pa_compiler.cli.progress import step
 from pa_compiler.cli.tuning import tune_command
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pa_compiler.runtime.module import Module
 
 _STDOUT = Console()
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
 _LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
 
@@ -50,7 +49,7 @@ def main() -> None:
     """Compile paged attention from TensorIR to one shared library, run it, and look inside."""
 
 
-@main.command()
+@main.command(cls=Command)
 @call_options
 @click.option(
     "--repeat",
@@ -66,19 +65,17 @@ def run(
     The exit status is 1 if the result is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    with usage_errors():
-        items = module.plan(case.context_lens, case.query_start_loc)
+    items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
     heads = cases.head_arrays(case, seed)
-    with usage_errors():
-        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(3, 100, 1))
+    out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(3, 100, 1))
     report.print_times(_STDOUT, case, seconds)
     _compare(out, case, inputs, heads)
 
 
-@main.command()
+@main.command(cls=Command)
 @call_options
 @click.option(
     "--repeat",
@@ -94,19 +91,17 @@ def bench(
     The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    with usage_errors():
-        items = module.plan(case.context_lens, case.query_start_loc)
+    items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
     inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
     heads = cases.head_arrays(case, seed)
-    with usage_errors():
-        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(10, 1000, 3))
+    out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(10, 1000, 3))
     report.print_distribution(_STDOUT, case, seconds)
     _compare(out, case, inputs, heads)
 
 
-@main.command()
+@main.command(cls=Command)
 @spec_options
 @extras_options
 @click.option(
@@ -115,7 +110,7 @@ def bench(
 def build(output: Path, target: Any, pipeline: str, **options: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     try:
         module.save(output)
@@ -150,24 +145,24 @@ main.add_command(pages.diff_command)
 main.add_command(tune_command)
 
 
-@main.command()
+@main.command(cls=Command)
 @spec_options
 @extras_options
 @click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
 def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         texts = compiler.emit(spec, target, pipeline, **extras(options))
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
     report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
 
 
-@main.command("explain")
+@main.command("explain", cls=Command)
 @spec_options
-@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
-@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
+@click.option("--flops", type=float, help="GFLOP/s of float32 of one core, for the predicted time.")
+@click.option("--bandwidth", type=float, help="GB/s that one core reads, for the predicted time.")
 @click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
 @click.option(
     "--section",
@@ -194,22 +189,23 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
-        explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
+    limits = checked_limits(flops, bandwidth, gpu)
+    with step("Compiling"):
+        explanation = compiler.explain(spec, target, pipeline, limits)
     if as_json:
         click.echo(report.explanation_json(spec, explanation, sections or report.SECTIONS))
     else:
         report.print_explanation(_STDOUT, spec, explanation, sections or report.SECTIONS)
 
 
-@main.command("generate")
+@main.command("generate", cls=Command)
 @click.option("--check", is_flag=True, help="Write nothing: print a diff and exit with 1 if anything differs.")
 @click.option(
     "--directory", type=click.Path(file_okay=False, path_type=Path), default="generated", help="Where the files are."
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")
@@ -221,16 +217,13 @@ def generate_command(check: bool, directory: Path) -> None:
 
 
 def _check_memory(case: cases.Case) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and six of scores.
     of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 6 * case.spec.num_heads
-    needed = case.cache_bytes + 8 * case.longest * of_token
-    if needed > memory:
-        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
+    check_memory(case.cache_bytes + 8 * case.longest * of_token)
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -22,6 +23,29 @@ from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
 
 _Record = TypeVar("_Record", bound=Any)
+
+
+class Command(click.Command):
+    """A command that shows the API's errors without a traceback; all commands are of this class."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it. An error about a value that an option or an environment variable gave names that."""
+        try:
+            return super().invoke(ctx)
+        except (TypeError, ValueError) as error:
+            name, _, rest = str(error).partition(": ")
+            for param in self.params:
+                if param.name == name.partition("[")[0]:  # of inputs['bias'] too
+                    raise click.BadParameter(rest, ctx, param) from error
+            if name in os.environ:
+                raise click.ClickException(str(error)) from error
+            raise
+        except (ImportError, OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):  # of stdout: main() shows it
+                raise
+            if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
+                raise
+            raise click.ClickException(str(error)) from error
 
 
 class SeqLens(click.ParamType):
@@ -232,33 +256,18 @@ def replace(base: _Record, **changes: Any) -> _Record:
     ctx = click.get_current_context()
     fields = {field.name for field in dataclasses.fields(base)} - changes.keys()
     given = {name for name in fields & ctx.params.keys() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
-    with usage_errors():
-        return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
+    return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
 
 
 def check_takes_numpy(target: Any) -> None:
     """Refuse the target of a GPU, for a command that runs NumPy's arrays."""
-    with usage_errors():
-        if not backends.of(backends.normalize(target)).takes_numpy:
-            command = click.get_current_context().info_name
-            raise ValueError(
-                f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
-            )
+    if not backends.of(backends.normalize(target)).takes_numpy:
+        command = click.get_current_context().info_name
+        raise ValueError(f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU")
 
 
-@contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Show the API's errors without a traceback; one about a value that an option gave names the option."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name, _, rest = str(error).partition(": ")
-        ctx = click.get_current_context()
-        for param in ctx.command.params:
-            if param.name == name.partition("[")[0]:  # of inputs['bias'] too
-                raise click.BadParameter(rest, ctx, param) from error
-        raise
-    except (ImportError, OSError, RuntimeError) as error:
-        if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
-            raise
-        raise click.ClickException(str(error)) from error
+def check_memory(needed: int) -> None:
+    """Refuse what needs more bytes than this machine has."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")

@@ -11,17 +11,14 @@ import click
 from rich.console import Console
 
 from pa_compiler import compiler
-from pa_compiler.backend import Limits
 from pa_compiler.cli import differences, printing
-from pa_compiler.cli.options import SeqLens, extras, extras_options, replace, spec_options, usage_errors
+from pa_compiler.cli.options import Command, SeqLens, extras, extras_options, replace, spec_options
 from pa_compiler.cli.progress import step
 from pa_compiler.cli.text import flag
 from pa_compiler.verification import cases
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 
-
-@click.command("report")
+@click.command("report", cls=Command)
 @spec_options
 @extras_options
 @click.option(
@@ -50,8 +47,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     show_default="the CPUs of this process",
     help="Threads that share the work of the plan.",
 )
-@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the roofline.")
-@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the roofline.")
+@click.option("--flops", type=float, help="GFLOP/s of float32 of one core, for the roofline.")
+@click.option("--bandwidth", type=float, help="GB/s that one core reads, for the roofline.")
 @click.option("--measure", is_flag=True, help="Predict and time the call of the plan on one thread.")
 def report_command(
     output: Path,
@@ -74,19 +71,19 @@ def report_command(
     from pa_compiler.runtime import files
 
     spec = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     if threads is not None:
-        with usage_errors():
-            module.num_threads = threads
+        module.num_threads = threads
     lens = seq_lens or (making.DEFAULT_LENS if batch or query_lens else None)
     count = batch or (len(lens) if lens else 0)
-    with contextlib.nullcontext() if measure else step("Making the page"), usage_errors():
+    with contextlib.nullcontext() if measure else step("Making the page"):
         made = making.made(
             module,
             _repeated(lens, count),
             _repeated(query_lens, count),
-            Limits(flops, bandwidth),
+            flops,
+            bandwidth,
             measure,
             again=_again(),
             step=step,
@@ -135,7 +132,8 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-@click.command("diff", context_settings={"ignore_unknown_options": True})  # A and B may be options in quotes
+# A and B may be options in quotes.
+@click.command("diff", cls=Command, context_settings={"ignore_unknown_options": True})
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @spec_options
@@ -155,7 +153,7 @@ def diff_command(first: str, second: str, stages: tuple[str, ...], target: Any, 
     "--num-heads 32 --dtype float32". The other options are what both have in common.
     """
     common = replace(cases.DEFAULT.spec)
-    with step("Compiling"), usage_errors():
+    with step("Compiling"):
         a, b = (
             differences.side(name, words, common, target, pipeline, extras(options))
             for name, words in (("first", first), ("second", second))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pa_compiler import backends, records
-from pa_compiler.cli.options import replace, spec_options, usage_errors
+from pa_compiler.cli.options import Command, replace, spec_options
 from pa_compiler.verification import cases
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _STDOUT, _STDERR = Console(), Console(stderr=True)
 
 
-@click.command("tune")
+@click.command("tune", cls=Command)
 @spec_options
 @click.option("--seconds", type=click.FloatRange(min=1), default=110.0, help="No library is built after so many.")
 @click.option(
@@ -34,21 +34,20 @@ def tune_command(target: Any, pipeline: str, seconds: float, threads: int | None
     says where one was used. Use an idle machine.
     """
     spec = replace(cases.DEFAULT.spec)
-    with usage_errors():
-        config = backends.normalize(target)
-        if not backends.of(config).names_no_cpu(config):
-            raise ValueError(f"target: expected llvm, the CPU of this machine, for tune, got {target!r}")
-        if pipeline != "fused":
-            raise ValueError(f"pipeline: expected fused for tune, got {pipeline!r}")
-        if forget:
-            path = records.path_of(spec)
-            click.echo(f"{path}: {'removed' if records.forget(spec) else 'there is none'}")
-            return
-        from pa_compiler import tuning
+    config = backends.normalize(target)
+    if not backends.of(config).names_no_cpu(config):
+        raise ValueError(f"target: expected llvm, the CPU of this machine, for tune, got {target!r}")
+    if pipeline != "fused":
+        raise ValueError(f"pipeline: expected fused for tune, got {pipeline!r}")
+    if forget:
+        path = records.path_of(spec)
+        click.echo(f"{path}: {'removed' if records.forget(spec) else 'there is none'}")
+        return
+    from pa_compiler import tuning
 
-        with _STDERR.status("tuning") as status:
-            say = status.update if _STDERR.is_terminal else _STDERR.print
-            found = tuning.tune(spec, seconds=seconds, threads=threads, progress=say)
+    with _STDERR.status("tuning") as status:
+        say = status.update if _STDERR.is_terminal else _STDERR.print
+        found = tuning.tune(spec, seconds=seconds, threads=threads, progress=say)
     _print(found)
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from pa_compiler import backends
-from pa_compiler.backend import Limits
+from pa_compiler.backend import Limits, checked_limits
 from pa_compiler.cli.text import flag
 from pa_compiler.prediction import calls
 from pa_compiler.prediction.rates import Rates
@@ -30,7 +30,8 @@ def made(
     module: Any,
     context_lens: Sequence[int] | None,
     query_lens: Sequence[int] | None,
-    limits: Limits,
+    flops: float | None,
+    bandwidth: float | None,
     measure: bool,
     again: str | None = None,
     step: Step = contextlib.nullcontext,
@@ -39,7 +40,7 @@ def made(
 
     Where it is not given, it is made of what the module says of itself. What takes longer than a second is a step.
     """
-    spec = module.spec
+    spec, limits = module.spec, checked_limits(flops, bandwidth)
     if query_lens is not None and context_lens is None:
         raise ValueError("query_lens: expected context_lens beside them, got None")
     runs = backends.of(dict(module.target)).takes_numpy and not module.manifest.is_foreign
@@ -75,18 +76,6 @@ def made(
             command=command,
         )
     )
-
-
-def checked_limits(flops: float | None, bandwidth: float | None) -> Limits:
-    """The limits of a core.
-
-    Raises:
-        ValueError: one of them is not above 0.
-    """
-    for name, value in (("flops", flops), ("bandwidth", bandwidth)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-    return Limits(flops, bandwidth)
 
 
 def _measured(module: Any, case: Case, limits: Limits, step: Step) -> tuple[Measured, Limits]:

@@ -214,7 +214,7 @@ class Module(Calls):
             path: The file, written as by save.
             context_lens: Tokens of each sequence of the call whose plan is shown; by default those of four.
             query_lens: Query tokens of each, of a call of attend; None for one of decode.
-            flops: GFLOP/s of float32 of one core, for the roofline and its bound.
+            flops: GFLOP/s of float32 of one core, for the roofline and its bound: from 1e-6 to 1e12.
             bandwidth: GB/s that one core reads, likewise.
             measure: Whether to time that call on one thread, on random inputs in memory, and to predict it where the
                 model knows the CPU; also to measure flops and bandwidth where they are not given.
@@ -227,8 +227,8 @@ class Module(Calls):
         """
         from pa_compiler.report import making
 
-        limits = making.checked_limits(flops, bandwidth)
-        files.write(path, making.made(self, context_lens, query_lens, limits, measure).encode())
+        made = making.made(self, context_lens, query_lens, flops, bandwidth, measure)
+        files.write(path, made.encode())
 
     def verify(
         self,
@@ -248,7 +248,8 @@ class Module(Calls):
         huge scores; arrays as views, at any number of threads.
 
         Args:
-            seconds: Draws until so much time has passed; one draw at least.
+            seconds: Draws until so much time has passed; one draw at least. One that has begun is finished, and
+                one of long contexts takes up to a minute.
             seed: Of the draws; a new one where it is None.
             draw: The one draw to make, as a failure names it beside its seed.
             score_mod: The function of the spec, where the module was loaded: the reference calls it.

@@ -137,7 +137,8 @@ def measure(
         **heads: alibi_slopes and sinks, where the spec has them.
 
     Raises:
-        ValueError: the data has other shapes than the spec, or numbers that are not finite; or the spec has functions.
+        ValueError: the data has other shapes than the spec, or numbers that are not real or not finite; or the spec is
+            none that check_spec() lets through.
     """
     spec = module.spec
     data = _checked(spec, data)
@@ -189,11 +190,21 @@ def _worst(share: np.ndarray, keys: np.ndarray, values: np.ndarray, count: int) 
     return tuple(TokenError(t, h, float(share[h, t]), float(keys[h, t]), float(values[h, t])) for h, t in places)
 
 
-def _checked(spec: PagedAttentionSpec, data: Data) -> Data:
-    if spec.functions:
-        raise ValueError("module: expected one without score_mod and mask_mod")
+def check_spec(spec: PagedAttentionSpec) -> None:
+    """Refuse a spec that measure() does not take.
+
+    Raises:
+        ValueError: it has functions of its own, or one cache for keys and values.
+    """
+    for name in ("score_mod", "mask_mod"):
+        if (function := getattr(spec, name)) is not None:
+            raise ValueError(f"{name}: expected None for a comparison of caches, got {function.text}")
     if spec.shared_kv:
         raise ValueError("shared_kv: expected False for a comparison of caches, got True")
+
+
+def _checked(spec: PagedAttentionSpec, data: Data) -> Data:
+    check_spec(spec)
     shapes = {
         "query": (data.query, "queries", spec.num_heads, spec.head_dim),
         "keys": (data.keys, "tokens", spec.num_kv_heads, spec.head_dim),
@@ -203,6 +214,8 @@ def _checked(spec: PagedAttentionSpec, data: Data) -> Data:
         first = array.shape[0] if array.ndim and isinstance(shape[0], str) else shape[0]
         if array.ndim != 3 or list(array.shape) != [first, *shape[1:]] or not len(array):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(array.shape)}")
+        if not np.can_cast(array.dtype, np.float64, "same_kind"):
+            raise ValueError(f"{name}: expected real numbers, got {array.dtype}")
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name}: expected finite numbers, got some that are not")
     return Data(*(each.astype(NUMPY_DTYPES[spec.dtype]) for each in data))
