@@ -147,8 +147,34 @@ inline bool HasMemory(const Array& array) {
   return mincore(reinterpret_cast<void*>(address & -kPage), 1, &resident) == 0 || errno != ENOMEM;
 }
 
-// Check dtype, device, rank and shape (any is the name of an extent that may be any), that there is memory, the stride
-// of the last axis, and alignment.
+// The bytes that elements span, counted from where their array begins: the first of them, and one past the last.
+struct Reach {
+  int64_t first, end;
+};
+
+// That of an array with elements. What is computed from it in 64 bits does not overflow.
+inline Reach CheckReach(const char* name, const DLTensor& given) {
+  constexpr int64_t kMost = int64_t{1} << 56;  // bytes: no CPU or GPU has more addresses
+  int64_t below = 0, above = 0, contiguous = 1, reach;
+  bool fits = true;
+  for (int i = given.ndim - 1; fits && i >= 0; --i) {
+    const int64_t extent = given.shape[i];
+    fits = !__builtin_mul_overflow(extent - 1, given.strides != nullptr ? given.strides[i] : contiguous, &reach) &&
+           -kMost < reach && reach < kMost;
+    if (fits) (reach < 0 ? below : above) += reach;
+    if (__builtin_mul_overflow(contiguous, extent, &contiguous)) contiguous = INT64_MAX;
+  }
+  const int64_t itemsize = given.dtype.bits / 8;
+  if (!fits || (above - below + 1) * itemsize > kMost) {
+    Raise("ValueError", "%s: expected bytes that fit in an address space of 56 bits, got shape %s with strides %s",
+          name, ListText(given.shape, given.ndim).c_str(),
+          given.strides == nullptr ? "of C's order" : ListText(given.strides, given.ndim).c_str());
+  }
+  return {below * itemsize, (above + 1) * itemsize};
+}
+
+// Check dtype, device, rank and shape (any is the name of an extent that may be any), that there is memory, which
+// elements can span, the stride of the last axis, and alignment.
 inline Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype, DLDataType dtype,
                         const Extents& expected, const DeviceKind& device, const char* any = nullptr) {
   const int ndim = given.ndim;
@@ -171,10 +197,11 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
   array.tensor = {
       static_cast<char*>(given.data) + given.byte_offset, given.device, ndim, dtype, array.shape, array.strides, 0};
   int64_t contiguous = 1;
-  for (int i = ndim - 1; i >= 0; contiguous *= given.shape[i--]) {
+  for (int i = ndim - 1; i >= 0; --i) {
     array.shape[i] = given.shape[i];
     array.strides[i] = given.strides != nullptr ? given.strides[i] : contiguous;
     if (given.shape[i] == 1) array.strides[i] = i == ndim - 1 ? 1 : 0;  // never stepped over
+    if (__builtin_mul_overflow(contiguous, given.shape[i], &contiguous)) contiguous = INT64_MAX;
   }
   if (array.empty()) {
     array.strides[ndim - 1] = 1;
@@ -188,6 +215,7 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
     Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
           array.strides[ndim - 1]);
   }
+  CheckReach(name, array.tensor);
   const int itemsize = dtype.bits / 8;
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(array.tensor.data) % itemsize);
   if (past != 0) {
