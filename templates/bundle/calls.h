@@ -97,14 +97,25 @@ class Arguments {
   void Add(const TVMFFIAny& any) { any_[count_++] = any; }
   // Addresses that lie apart have a distance, modulo their number, of the lower one's size at least.
   void CheckApart(const char* name, const DLTensor& given) const {
-    if (std::find(given.shape, given.shape + given.ndim, 0) != given.shape + given.ndim) return;
-    const Reach reach = CheckReach(name, given);
-    const uintptr_t distance = reinterpret_cast<uintptr_t>(given.data) + reach.first - workspace_;
-    const int64_t size = reach.end - reach.first, first = static_cast<int64_t>(distance);
-    if (distance >= workspace_size_ && -distance >= static_cast<uintptr_t>(size)) return;
+    uint64_t contiguous = 1, bits = 0, below = 0, above = 1;
+    for (int i = given.ndim - 1; i >= 0; --i) {
+      const int64_t extent = given.shape[i];
+      const int64_t stride = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
+      if (extent == 0) return;
+      if (extent == 1) continue;  // never stepped over
+      const uint64_t reach = (extent - 1) * static_cast<uint64_t>(stride);
+      (stride < 0 ? below : above) += reach;
+      contiguous *= extent;
+      bits |= BitsOf(extent, stride);
+    }
+    if (bits >= kFarBits) CheckFits(name, given);
+    const uint64_t itemsize = given.dtype.bits / 8, size = (above - below) * itemsize;
+    const uintptr_t distance = reinterpret_cast<uintptr_t>(given.data) + below * itemsize - workspace_;
+    if (distance >= workspace_size_ && -distance >= size) return;
+    const auto first = static_cast<int64_t>(distance);
     Raise("ValueError",
           "workspace: expected memory apart from %s's bytes [%" PRId64 ", %" PRId64 "), got bytes [0, %zu)", name,
-          first, first + size, workspace_size_);
+          first, first + static_cast<int64_t>(size), workspace_size_);
   }
   static DLDataType DTypeOf(const char* name, const pa_tensor& given) {
     static constexpr DLDataType kTypes[] = {

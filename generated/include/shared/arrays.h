@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cinttypes>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 
 #include "shared/errors.h"
@@ -147,30 +148,29 @@ inline bool HasMemory(const Array& array) {
   return mincore(reinterpret_cast<void*>(address & -kPage), 1, &resident) == 0 || errno != ENOMEM;
 }
 
-// The bytes that elements span, counted from where their array begins: the first of them, and one past the last.
-struct Reach {
-  int64_t first, end;
-};
-
-// That of an array with elements. What is computed from it in 64 bits does not overflow.
-inline Reach CheckReach(const char* name, const DLTensor& given) {
-  constexpr int64_t kMost = int64_t{1} << 56;  // bytes: no CPU or GPU has more addresses
-  int64_t below = 0, above = 0, contiguous = 1, reach;
+// Elements of an array lie within fewer bytes than any CPU or GPU can address.
+[[gnu::noinline, gnu::cold]] inline void CheckFits(const char* name, const DLTensor& given) {
+  constexpr int64_t kMost = int64_t{1} << 56;
+  uint64_t contiguous = 1;
+  int64_t elements = 1, reach;
   bool fits = true;
   for (int i = given.ndim - 1; fits && i >= 0; --i) {
-    const int64_t extent = given.shape[i];
-    fits = !__builtin_mul_overflow(extent - 1, given.strides != nullptr ? given.strides[i] : contiguous, &reach) &&
-           -kMost < reach && reach < kMost;
-    if (fits) (reach < 0 ? below : above) += reach;
-    if (__builtin_mul_overflow(contiguous, extent, &contiguous)) contiguous = INT64_MAX;
+    const int64_t stride = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
+    fits = !__builtin_mul_overflow(given.shape[i] - 1, stride, &reach) && -kMost < reach && reach < kMost;
+    contiguous *= given.shape[i];
+    if (fits) elements += std::abs(reach);
   }
-  const int64_t itemsize = given.dtype.bits / 8;
-  if (!fits || (above - below + 1) * itemsize > kMost) {
-    Raise("ValueError", "%s: expected bytes that fit in an address space of 56 bits, got shape %s with strides %s",
-          name, ListText(given.shape, given.ndim).c_str(),
-          given.strides == nullptr ? "of C's order" : ListText(given.strides, given.ndim).c_str());
-  }
-  return {below * itemsize, (above + 1) * itemsize};
+  if (fits && elements <= kMost / (given.dtype.bits / 8)) return;
+  Raise("ValueError", "%s: expected bytes that fit in an address space of 56 bits, got shape %s with strides %s", name,
+        ListText(given.shape, given.ndim).c_str(),
+        given.strides == nullptr ? "of C's order" : ListText(given.strides, given.ndim).c_str());
+}
+
+// The bits of an axis' extent and stride. Where no axis has bits at kFarBits or above, elements fit: CheckFits, which
+// takes longer, need not be asked.
+constexpr uint64_t kFarBits = uint64_t{1} << 25;
+[[gnu::always_inline]] inline uint64_t BitsOf(int64_t extent, int64_t stride) {
+  return static_cast<uint64_t>(extent | (stride ^ stride >> 63));
 }
 
 // Check dtype, device, rank and shape (any is the name of an extent that may be any), that there is memory, which
@@ -196,12 +196,13 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
   Array array;
   array.tensor = {
       static_cast<char*>(given.data) + given.byte_offset, given.device, ndim, dtype, array.shape, array.strides, 0};
-  int64_t contiguous = 1;
+  uint64_t contiguous = 1, bits = 0;
   for (int i = ndim - 1; i >= 0; --i) {
     array.shape[i] = given.shape[i];
-    array.strides[i] = given.strides != nullptr ? given.strides[i] : contiguous;
+    array.strides[i] = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
     if (given.shape[i] == 1) array.strides[i] = i == ndim - 1 ? 1 : 0;  // never stepped over
-    if (__builtin_mul_overflow(contiguous, given.shape[i], &contiguous)) contiguous = INT64_MAX;
+    bits |= BitsOf(given.shape[i], array.strides[i]);
+    contiguous *= given.shape[i];
   }
   if (array.empty()) {
     array.strides[ndim - 1] = 1;
@@ -215,7 +216,7 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
     Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
           array.strides[ndim - 1]);
   }
-  CheckReach(name, array.tensor);
+  if (bits >= kFarBits) CheckFits(name, array.tensor);
   const int itemsize = dtype.bits / 8;
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(array.tensor.data) % itemsize);
   if (past != 0) {
