@@ -7,7 +7,7 @@ import pytest
 from dlpack import CUDA, Exported
 from inputs import INT32
 from numpy.lib.stride_tricks import as_strided
-from refusals import SPEC, append_call, assert_refused, misaligned, nowhere, over, read_only, strided, with_at
+from refusals import SPEC, append_call, assert_refused, far, misaligned, nowhere, over, read_only, strided, with_at
 
 V, T, I = ValueError, TypeError, IndexError  # noqa: E741  (a column of this table)
 
@@ -23,6 +23,7 @@ BAD = [
     ("key_last_axis_stride", V, "key", "1 2", lambda c: strided(c.key)),
     ("key_misaligned", V, "key", "2", lambda c: misaligned(c.key)),
     ("key_on_gpu", V, "key", "1 2", lambda c: Exported(c.key, device=CUDA)),
+    ("key_cache_wraps", V, "key_cache", "56", lambda c: far(c.key_cache, 1 << 62)),
     ("value_tokens", V, "value", "[5,2,24] [4,2,24]", lambda c: c.value[:4]),
     ("value_float64", T, "value", "float16 float64", lambda c: c.value.astype(np.float64)),
     ("value_last_axis_stride", V, "value", "1 -1", lambda c: c.value[..., ::-1]),

@@ -33,31 +33,40 @@ struct Returned {
 };
 inline thread_local Returned returned;
 
-// An entry point's arguments, in its order. Arrays are none or DLPack's.
+// An entry point's arguments, in its order. Arrays are none or DLPack's, and apart from the caller's workspace.
 class Arguments {
  public:
-  void Add(const char* name, const pa_tensor& given) {
-    if (given.dtype == PA_NONE) return Add(TVMFFIAny{});
-    if (given.rank < 0 || (given.rank > 0 && given.shape == nullptr)) {
-      Raise("ValueError", "%s: expected a rank from 0 on, and as many extents, got rank %d%s", name, given.rank,
-            given.shape == nullptr ? " and no shape" : "");
+  Arguments() = default;
+  Arguments(const void* workspace, size_t workspace_size)
+      : workspace_(reinterpret_cast<uintptr_t>(workspace)), workspace_size_(workspace_size) {}
+
+  // Returns the array; nullptr of none.
+  const DLTensor* Add(const char* name, const pa_tensor& given) {
+    constexpr int kMostRank = 8;  // of a function's input
+    if (given.dtype == PA_NONE) return Add(TVMFFIAny{}), nullptr;
+    if (given.rank < 0 || given.rank > kMostRank || (given.rank > 0 && given.shape == nullptr)) {
+      Raise("ValueError", "%s: expected a rank from 0 to %d, and as many extents, got rank %d%s", name, kMostRank,
+            given.rank, given.shape == nullptr ? " and no shape" : "");
     }
     for (int i = 0; i < given.rank; ++i) {
       if (given.shape[i] < 0) {
         Raise("ValueError", "%s: expected extents from 0 on, got %s", name, ListText(given.shape, given.rank).c_str());
       }
     }
-    tensors_[count_] = {given.data,
-                        {kDLCPU, 0},
-                        given.rank,
-                        DTypeOf(name, given),
-                        const_cast<int64_t*>(given.shape),
-                        const_cast<int64_t*>(given.strides),
-                        0};
+    DLTensor& tensor = tensors_[count_];
+    tensor = {given.data,
+              {kDLCPU, 0},
+              given.rank,
+              DTypeOf(name, given),
+              const_cast<int64_t*>(given.shape),
+              const_cast<int64_t*>(given.strides),
+              0};
+    if (workspace_size_ != 0) CheckApart(name, tensor);
     TVMFFIAny any{};
     any.type_index = kTVMFFIDLTensorPtr;
-    any.v_ptr = &tensors_[count_];
+    any.v_ptr = &tensor;
     Add(any);
+    return &tensor;
   }
   void AddInputs(const pa_tensor* inputs, int64_t count, int64_t expected) {
     if (count != expected || (count > 0 && inputs == nullptr)) {
@@ -86,6 +95,28 @@ class Arguments {
   static constexpr int kMost = 64;
 
   void Add(const TVMFFIAny& any) { any_[count_++] = any; }
+  // Addresses that lie apart have a distance, modulo their number, of the lower one's size at least.
+  void CheckApart(const char* name, const DLTensor& given) const {
+    uint64_t contiguous = 1, bits = 0, below = 0, above = 1;
+    for (int i = given.ndim - 1; i >= 0; --i) {
+      const int64_t extent = given.shape[i];
+      const int64_t stride = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
+      if (extent == 0) return;
+      if (extent == 1) continue;  // never stepped over
+      const uint64_t reach = (extent - 1) * static_cast<uint64_t>(stride);
+      (stride < 0 ? below : above) += reach;
+      contiguous *= extent;
+      bits |= BitsOf(extent, stride);
+    }
+    if (bits >= kFarBits) CheckFits(name, given);
+    const uint64_t itemsize = given.dtype.bits / 8, size = (above - below) * itemsize;
+    const uintptr_t distance = reinterpret_cast<uintptr_t>(given.data) + below * itemsize - workspace_;
+    if (distance >= workspace_size_ && -distance >= size) return;
+    const auto first = static_cast<int64_t>(distance);
+    Raise("ValueError",
+          "workspace: expected memory apart from %s's bytes [%" PRId64 ", %" PRId64 "), got bytes [0, %zu)", name,
+          first, first + static_cast<int64_t>(size), workspace_size_);
+  }
   static DLDataType DTypeOf(const char* name, const pa_tensor& given) {
     static constexpr DLDataType kTypes[] = {
         {kDLFloat, 32, 1}, {kDLFloat, 16, 1}, {kDLBfloat, 16, 1}, {kDLFloat8_e4m3fn, 8, 1}, {kDLFloat8_e5m2, 8, 1},
@@ -101,6 +132,8 @@ class Arguments {
   TVMFFIAny any_[kMost];
   DLTensor tensors_[kMost];
   int count_ = 0;
+  uintptr_t workspace_ = 0;
+  size_t workspace_size_ = 0;  // 0: there is none
 };
 
 // Whether calls may still run: not since the library is being unloaded, or the process ends.
@@ -179,22 +212,32 @@ struct DefaultCpus {
   }
 };
 
+// Threads that a call may use, by the number given for them; 0 stands for one on each CPU.
+inline int64_t CheckNumThreads(int64_t given, int64_t num_cpus) {
+  if (given < 0) Raise("ValueError", "num_threads: expected a number from 0 on, got %" PRId64, given);
+  return given == 0 ? num_cpus : given;
+}
+
 // The last arguments of an entry point: its threads, and that bfloat16 is called so.
 inline void AddThreads(Arguments& arguments, const pa_options& options, const DefaultCpus& cpus) {
+  constexpr int32_t kMostCpu = (1 << 16) - 1;
   int64_t number = cpus.number, count = cpus.count;
+  if (options.cpus == nullptr && options.num_cpus != 0) {
+    Raise("ValueError", "cpus: expected num_cpus numbers, %d, got NULL", options.num_cpus);
+  }
   if (options.cpus != nullptr) {
     count = options.num_cpus;
     if (count < 1) Raise("ValueError", "cpus: expected one CPU at least, got %" PRId64, count);
     for (int64_t i = 0; i < count; ++i) {
       const bool ascends = options.cpus[i] > (i == 0 ? -1 : options.cpus[i - 1]);
-      if (!ascends || options.cpus[i] >= 1 << 16) {
-        Raise("ValueError", "cpus: expected numbers from 0 on, ascending, got %d at position %" PRId64, options.cpus[i],
-              i);
+      if (!ascends || options.cpus[i] > kMostCpu) {
+        Raise("ValueError", "cpus: expected numbers from 0 to %d, ascending, got %d at position %" PRId64, kMostCpu,
+              options.cpus[i], i);
       }
     }
     number = CpuSet::NumberOf(options.cpus, count);
   }
-  arguments.AddInt(options.num_threads == 0 ? count : options.num_threads);
+  arguments.AddInt(CheckNumThreads(options.num_threads, count));
   arguments.AddInt(options.threading);
   arguments.AddInt(number);
   arguments.AddInt(0);
@@ -207,6 +250,9 @@ class Directed {
       : given_{options.parallel_for, options.parallel_context, kernel_bytes,
                options.workspace != nullptr && measured == nullptr, measured != nullptr},
         measured_(measured) {
+    if (options.workspace == nullptr && options.workspace_size != 0 && measured == nullptr) {
+      Raise("ValueError", "workspace: expected memory of workspace_size bytes, %zu, got NULL", options.workspace_size);
+    }
     if (given_.is_given && reinterpret_cast<uintptr_t>(options.workspace) % 64 != 0) {
       Raise("ValueError", "workspace: expected an address that is a multiple of 64, got %p", options.workspace);
     }

@@ -4,10 +4,10 @@
  * chosen once, when the library is loaded. pa_find gives the kernels of a spec by its name, which the bundle's
  * manifest.json, pa_name and `pa-compiler bundle` say, such as "f32_nhd_h16x1_d128_b16".
  *
- * Calls are safe from several threads at once. They check all arguments before anything is written; the contents of
- * arrays must not change meanwhile. Nothing is thrown across this boundary. Whatever memory a call takes of its own it
- * keeps for the next one, until the thread ends or the library is unloaded: see pa_options for memory and threads that
- * are the caller's.
+ * Calls are safe from several threads at once. They check all arguments before anything but the workspace is written;
+ * the contents of arrays must not change meanwhile. Nothing is thrown across this boundary. Whatever memory a call
+ * takes of its own it keeps for the next one, until the thread ends or the library is unloaded: see pa_options for
+ * memory and threads that are the caller's.
  *
  * A struct that is all zeros is a good beginning for each of those here: what is 0 in it is as the comment says. */
 #ifndef PA_H_
@@ -64,8 +64,8 @@ typedef struct pa_tensor {
   void* data;             /* aligned to its elements */
   const int64_t* shape;   /* [rank] */
   const int64_t* strides; /* [rank], in elements; NULL: side by side, in C's order */
-  int32_t rank;
-  int32_t dtype; /* a pa_dtype; PA_NONE: there is no array */
+  int32_t rank;           /* up to 8 */
+  int32_t dtype;          /* a pa_dtype; PA_NONE: there is no array */
 } pa_tensor;
 
 /* The kernels of one spec that were chosen for this CPU. They belong to the library. */
@@ -88,14 +88,16 @@ typedef struct pa_options {
   int64_t
       num_threads;   /* at most, the caller's own among them; 0: as many as there are CPUs for the library, see cpus */
   int32_t threading; /* a pa_threading */
-  int32_t num_cpus;  /* of cpus */
-  const int32_t* cpus; /* [num_cpus], ascending: where threads of the library's pool run. NULL: on those CPUs that the
-                          thread could use that loaded the library */
+  int32_t num_cpus;  /* of cpus; 0 where that is NULL */
+  const int32_t* cpus; /* [num_cpus], from 0 to 65535, ascending: where threads of the library's pool run. NULL: on
+                          those CPUs that the thread could use that loaded the library */
   pa_parallel_for parallel_for; /* threads of the caller's own in place of these; NULL: there are none */
   void* parallel_context;       /* handed to it */
-  void* workspace; /* memory for all that the call needs beside its arguments, at a multiple of 64 bytes; NULL: its own.
-                      With it, and with parallel_for or one thread, a call allocates nothing */
-  size_t workspace_size; /* its bytes: at least what pa_decode_workspace and its like say of this call */
+  void* workspace; /* memory for all that the call needs beside its arguments, at a multiple of 64 bytes, with no byte
+                      between the first and the last of one of their arrays; NULL: its own. With it, and with
+                      parallel_for or one thread, a call allocates nothing */
+  size_t workspace_size; /* its bytes: at least what pa_decode_workspace and its like say of this call. 0 where there
+                            is none, but in these functions, which look at neither of the two */
 } pa_options;
 
 /* One query token for each of batch sequences. Caches are in the spec's kv_layout, as append_kv writes them:

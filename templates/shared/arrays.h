@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cinttypes>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 
 #include "shared/errors.h"
@@ -143,8 +144,33 @@ inline bool HasMemory(const Array& array) {
   return mincore(reinterpret_cast<void*>(address & -kPage), 1, &resident) == 0 || errno != ENOMEM;
 }
 
-// Check dtype, device, rank and shape (any is the name of an extent that may be any), that there is memory, the stride
-// of the last axis, and alignment.
+// Elements of an array lie within fewer bytes than any CPU or GPU can address.
+[[gnu::noinline, gnu::cold]] inline void CheckFits(const char* name, const DLTensor& given) {
+  constexpr int64_t kMost = int64_t{1} << 56;
+  uint64_t contiguous = 1;
+  int64_t elements = 1, reach;
+  bool fits = true;
+  for (int i = given.ndim - 1; fits && i >= 0; --i) {
+    const int64_t stride = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
+    fits = !__builtin_mul_overflow(given.shape[i] - 1, stride, &reach) && -kMost < reach && reach < kMost;
+    contiguous *= given.shape[i];
+    if (fits) elements += std::abs(reach);
+  }
+  if (fits && elements <= kMost / (given.dtype.bits / 8)) return;
+  Raise("ValueError", "%s: expected bytes that fit in an address space of 56 bits, got shape %s with strides %s", name,
+        ListText(given.shape, given.ndim).c_str(),
+        given.strides == nullptr ? "of C's order" : ListText(given.strides, given.ndim).c_str());
+}
+
+// The bits of an axis' extent and stride. Where no axis has bits at kFarBits or above, elements fit: CheckFits, which
+// takes longer, need not be asked.
+constexpr uint64_t kFarBits = uint64_t{1} << 25;
+[[gnu::always_inline]] inline uint64_t BitsOf(int64_t extent, int64_t stride) {
+  return static_cast<uint64_t>(extent | (stride ^ stride >> 63));
+}
+
+// Check dtype, device, rank and shape (any is the name of an extent that may be any), that there is memory, which
+// elements can span, the stride of the last axis, and alignment.
 inline Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype, DLDataType dtype,
                         const Extents& expected, const DeviceKind& device, const char* any = nullptr) {
   const int ndim = given.ndim;
@@ -166,11 +192,13 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
   Array array;
   array.tensor = {
       static_cast<char*>(given.data) + given.byte_offset, given.device, ndim, dtype, array.shape, array.strides, 0};
-  int64_t contiguous = 1;
-  for (int i = ndim - 1; i >= 0; contiguous *= given.shape[i--]) {
+  uint64_t contiguous = 1, bits = 0;
+  for (int i = ndim - 1; i >= 0; --i) {
     array.shape[i] = given.shape[i];
-    array.strides[i] = given.strides != nullptr ? given.strides[i] : contiguous;
+    array.strides[i] = given.strides != nullptr ? given.strides[i] : static_cast<int64_t>(contiguous);
     if (given.shape[i] == 1) array.strides[i] = i == ndim - 1 ? 1 : 0;  // never stepped over
+    bits |= BitsOf(given.shape[i], array.strides[i]);
+    contiguous *= given.shape[i];
   }
   if (array.empty()) {
     array.strides[ndim - 1] = 1;
@@ -184,6 +212,7 @@ inline Array CheckArray(const char* name, const DLTensor& given, DLDataType give
     Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
           array.strides[ndim - 1]);
   }
+  if (bits >= kFarBits) CheckFits(name, array.tensor);
   const int itemsize = dtype.bits / 8;
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(array.tensor.data) % itemsize);
   if (past != 0) {

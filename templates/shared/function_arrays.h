@@ -25,11 +25,14 @@ template <typename Spec>
 Array CheckInput(const ArgumentCheck<Spec>& check, const Parameter& of, DLDataType dtype,
                  std::initializer_list<int64_t> shape, const DecodeArguments& args) {
   DLTensor given = check.in.Tensor(of);
-  int64_t expected[8], elements = 1;
+  int64_t expected[8], elements = 1;  // INT64_MAX: more than can be counted
   int ndim = 0;
   for (int64_t extent : shape) expected[ndim++] = extent == kBatch ? args.batch : extent;
   bool matches = given.ndim == ndim;
-  for (int i = 0; matches && i < ndim; elements *= expected[i++]) matches = expected[i] == given.shape[i];
+  for (int i = 0; matches && i < ndim; ++i) {
+    matches = expected[i] == given.shape[i];
+    if (__builtin_mul_overflow(elements, expected[i], &elements)) elements = INT64_MAX;
+  }
   if (!matches) {
     Raise("ValueError", "%s: expected shape %s, got %s", of.name, ListText(expected, ndim).c_str(),
           ListText(given.shape, given.ndim).c_str());

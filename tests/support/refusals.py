@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dlpack import Exported
 from inputs import make_inputs
+from numpy.lib.stride_tricks import as_strided
 
 from pa_compiler import PagedAttentionSpec
 
@@ -50,6 +51,11 @@ def read_only(array):
 def over(array, dtype, shape):
     """An array of dtype and shape in the memory of another one."""
     return np.ndarray(shape, dtype, array.data)
+
+
+def far(array, stride):
+    """An array whose first axis is said to have a stride of so many bytes."""
+    return Exported(as_strided(array, strides=(stride, *array.strides[1:])))
 
 
 def nowhere(array, offset=0):

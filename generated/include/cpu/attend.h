@@ -37,11 +37,15 @@ inline Array UnusedMask() {
 }
 
 // The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side by
-// side: row `seq` of query, out and lse is that of the token of it.
+// side: row `seq` of query, out and lse is that of the token of it. These have a row for each sequence, as kernels are
+// told: the extents of a spec's inputs may be the batch.
 inline DecodeArguments RowsOf(const AttendArguments& args, const Queries& queries, const WorkItem& item) {
   DecodeArguments rows = args;
   const int64_t seq = item.batch_start;
-  for (Array* array : {&rows.query, &rows.out, &rows.lse}) *array = MovedBy(*array, queries.Begin(seq) - seq);
+  for (Array* array : {&rows.query, &rows.out, &rows.lse}) {
+    *array = MovedBy(*array, queries.Begin(seq) - seq);
+    array->shape[0] = args.batch;
+  }
   return rows;
 }
 

@@ -112,9 +112,9 @@ AppendArguments CheckAppend(const Inputs& in) {
     args.value = check(Given::kValue, Spec::kDType, {num_tokens, Spec::kNumKVHeads, Spec::kValueDim});
   }
   CheckCaches<Spec, Given>(check, &args.key_cache, &args.value_cache);
-  args.num_slots = args.key_cache.shape[0] * Spec::kBlockSize;
   args.slot_mapping = check.Indices(Given::kSlotMapping, kInt64, {num_tokens});
   CheckDistinctElements("key_cache", args.key_cache);
+  args.num_slots = args.key_cache.shape[0] * Spec::kBlockSize;
   if constexpr (!Spec::kSharedKV) {
     CheckDistinctElements("value_cache", args.value_cache);
     args.sharing = CheckCachesApart(args.key_cache, args.value_cache, Spec::kBlockSize, Spec::kSlotsApart);

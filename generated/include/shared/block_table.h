@@ -33,7 +33,9 @@ struct BlockTable {
   int64_t MostBlocks() const { return entries.shape[1]; }
   // Tokens that a sequence has blocks for, and the kernels can count.
   int64_t Capacity(int64_t seq, int64_t block_size) const { return Tokens(Blocks(seq), block_size); }
-  static int64_t Tokens(int64_t blocks, int64_t block_size) { return std::min(blocks * block_size, kMaxContextLen); }
+  static int64_t Tokens(int64_t blocks, int64_t block_size) {
+    return std::min(std::min(blocks, kMaxContextLen) * block_size, kMaxContextLen);
+  }
 
   // As kernels read it: a row of each for every sequence, which is always the same where they share it.
   void AsRead(int64_t batch) {
@@ -59,8 +61,13 @@ inline Array NoRowStarts() {
 // block_table of a call, or the pair in its place, without a look at what is in it.
 template <typename Spec, typename Given>
 BlockTable CheckTable(const ArgumentCheck<Spec>& check, int64_t batch) {
-  if (check.in.IsNone(Given::kBlockIndptr)) {
+  if (check.in.IsNone(Given::kBlockIndptr) && check.in.IsNone(Given::kBlockIndices)) {
     return {check.Indices(Given::kBlockTable, kInt32, {batch, -1}, "max_blocks"), NoRowStarts(), false};
+  }
+  if (!check.in.IsNone(Given::kBlockTable)) {
+    const DLTensor& given = check.in.Tensor(Given::kBlockTable);
+    Raise("TypeError", "block_table: expected None beside block_indptr and block_indices, got an array of shape %s",
+          ListText(given.shape, given.ndim).c_str());
   }
   const Array starts = check.Indices(Given::kBlockIndptr, kInt32, {batch + 1});
   Array entries = check.Indices(Given::kBlockIndices, kInt32, {-1}, "n");
