@@ -36,7 +36,7 @@ void TestArguments() {
   EXPECT_RAISES("TypeError: a: expected a pa_dtype, got 16", arguments.Add("a", {memory, shape, nullptr, 2, 16}));
   EXPECT_RAISES("ValueError: a: expected extents from 0 on, got [2, -3]",
                 arguments.Add("a", {memory, negative, nullptr, 2, PA_INT8}));
-  EXPECT_RAISES("ValueError: a: expected a rank from 0 on, and as many extents, got rank 1 and no shape",
+  EXPECT_RAISES("ValueError: a: expected a rank from 0 to 8, and as many extents, got rank 1 and no shape",
                 arguments.Add("a", {memory, nullptr, nullptr, 1, PA_INT8}));
   EXPECT_RAISES("TypeError: inputs: expected 0 arrays, those of the spec, got 1 and NULL",
                 arguments.AddInputs(nullptr, 1, 0));
@@ -146,7 +146,7 @@ void TestACallWithinACall() {
     const Directed second(options, 64, nullptr);
     const Borrowed<char> other(call_workspace, 10);
     EXPECT(other.data() >= inner && other.data() < inner + sizeof inner);
-    options.workspace = nullptr;
+    options.workspace = nullptr, options.workspace_size = 0;
     const Directed third(options, 64, nullptr);
     EXPECT(directions == nullptr);
     const Borrowed<char> own(call_workspace, 10);
