@@ -287,24 +287,3 @@ def test_convert_cache_between_types_is_refused():
         pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int4", kv_rotation="random")
     with pytest.raises(ValueError, match="value_cache: expected an array for another dtype, got None"):
         pa_compiler.convert_cache(numbers, None, "NHD", "NHD", dtype="int8")
-
-
-@pytest.mark.parametrize(
-    ("held", "words", "message"),
-    [
-        ("float32", {"key_scale": np.ones(1)}, "key_scale: expected None without dtype, got ndarray"),
-        ("int8", {"value_scale": np.ones(1)}, "value_scale: expected None without dtype, got ndarray"),
-        ("int8", {"kv_rotation": "none"}, "kv_rotation: expected None without dtype, got 'none'"),
-        (
-            "float32",
-            {"dtype": "int8", "key_scale": np.ones(1)},
-            "key_scale: expected None .* of int8, whose",
-        ),
-        ("float32", {"dtype": "float16", "key_scale": np.ones(1)}, "key_scale: expected None .* of float16, which has"),
-        ("float32", {"dtype": "float16", "kv_rotation": "none"}, "kv_rotation: expected None where neither cache is"),
-    ],
-)
-def test_what_a_conversion_would_do_nothing_with_is_refused(held, words, message):
-    cache = np.zeros((1, 16, 2, 8), held)
-    with pytest.raises(ValueError, match=rf"^{message}"):
-        pa_compiler.convert_cache(cache, cache, "NHD", "HND", **words)

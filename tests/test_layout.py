@@ -109,3 +109,24 @@ def test_refused(figure, error, says, call):
     with pytest.raises(error, match=f"^{says}"):
         convert_cache(*call)
     figure("kinds", 1)
+
+
+@pytest.mark.parametrize(
+    ("held", "words", "message"),
+    [
+        ("float32", {"key_scale": np.ones(1)}, "key_scale: expected None without dtype, got ndarray"),
+        ("int8", {"value_scale": np.ones(1)}, "value_scale: expected None without dtype, got ndarray"),
+        ("int8", {"kv_rotation": "none"}, "kv_rotation: expected None without dtype, got 'none'"),
+        (
+            "float32",
+            {"dtype": "int8", "key_scale": np.ones(1)},
+            "key_scale: expected None .* of int8, whose",
+        ),
+        ("float32", {"dtype": "float16", "key_scale": np.ones(1)}, "key_scale: expected None .* of float16, which has"),
+        ("float32", {"dtype": "float16", "kv_rotation": "none"}, "kv_rotation: expected None where neither cache is"),
+    ],
+)
+def test_what_a_conversion_would_do_nothing_with_is_refused(held, words, message):
+    cache = np.zeros((1, 16, 2, 8), held)
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        convert_cache(cache, cache, "NHD", "HND", **words)

@@ -233,8 +233,8 @@ FAULTS = {
     ),
     "a length over capacity accepted": Fault(
         "templates/shared/block_table.h",
-        "std::min(blocks * block_size,",
-        "std::min(blocks * block_size + 1,",
+        "kMaxContextLen) * block_size,",
+        "kMaxContextLen) * block_size + 1,",
         "test_errors.py test_bounds.py",
     ),
     "negative lengths accepted": Fault(
