@@ -121,7 +121,7 @@ def test_a_wrong_append_fails(compiled):
 FAULTS = {  # a stage, a piece of its text, and what is there instead
     "scale": ("kernels", "vo * 8 + vi] * score_scale,", "vo * 8 + vi] * (score_scale * T.float32(1.02)),"),
     "tail": ("kernels", "vi < valid_len - vo * 8", "vi <= valid_len - vo * 8"),
-    "merge": ("host", ".num_partials = plan.partials_of(seq)", ".num_partials = int64_t{1}"),
+    "merge": ("host", ".num_partials = of.count()", ".num_partials = int64_t{1}"),
 }
 
 
