@@ -12,7 +12,7 @@ from rich.console import Console
 
 import pa_compiler
 from pa_compiler.cli import printing
-from pa_compiler.cli.options import Command, check_memory, check_takes_numpy, replace, spec_options
+from pa_compiler.cli.options import Command, check_memory, check_takes_numpy, compared_numbers, replace, spec_options
 from pa_compiler.cli.progress import step
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import accuracy, cases, inputs
@@ -99,9 +99,8 @@ def load(name: str, path: str) -> np.ndarray:
 
 def _check_memory(spec: PagedAttentionSpec, tokens: int, queries: int) -> None:
     """Refuse more than memory has room for: float64 of the data, and of a query's scores on it and on the codes."""
-    of_token = spec.num_kv_heads * (spec.head_dim + 2 * spec.result_dim) + 6 * spec.num_heads
     of_query = spec.num_heads * (spec.head_dim + spec.result_dim) + tokens // spec.block_size
-    check_memory(8 * (2 * tokens * of_token + queries * of_query))
+    check_memory(8 * (2 * tokens * compared_numbers(spec) + queries * of_query))
 
 
 def _print(console: Console, found: accuracy.Accuracy) -> None:

@@ -24,6 +24,7 @@ from pa_compiler.cli.options import (
     call_options,
     check_memory,
     check_takes_numpy,
+    compared_numbers,
     extras,
     extras_options,
     replace,
@@ -217,9 +218,8 @@ def generate_command(check: bool, directory: Path) -> None:
 
 
 def _check_memory(case: cases.Case) -> None:
-    # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and six of scores.
-    of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 6 * case.spec.num_heads
-    check_memory(case.cache_bytes + 8 * case.longest * of_token)
+    # The comparison has one sequence in float64 beside the caches.
+    check_memory(case.cache_bytes + 8 * case.longest * compared_numbers(case.spec))
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:

@@ -19,7 +19,7 @@ from pa_compiler.cli import functions
 from pa_compiler.cli.text import flag
 from pa_compiler.compiler import PIPELINES
 from pa_compiler.kv_types import KV_DOTS, KV_ROTATIONS, KV_TYPES, SCALES
-from pa_compiler.spec import DTYPES, KV_LAYOUTS
+from pa_compiler.spec import DTYPES, KV_LAYOUTS, PagedAttentionSpec
 from pa_compiler.verification import cases
 
 _Record = TypeVar("_Record", bound=Any)
@@ -264,6 +264,11 @@ def check_takes_numpy(target: Any) -> None:
     if not backends.of(backends.normalize(target)).takes_numpy:
         command = click.get_current_context().info_name
         raise ValueError(f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU")
+
+
+def compared_numbers(spec: PagedAttentionSpec) -> int:
+    """Numbers that a comparison in float64 has of a token: keys, values, their magnitudes, and six of scores."""
+    return spec.num_kv_heads * (spec.head_dim + 2 * spec.result_dim) + 6 * spec.num_heads
 
 
 def check_memory(needed: int) -> None:
