@@ -96,7 +96,7 @@ def rename_symbols(source: Path, names: Mapping[str, str], made: Path, machine: 
 
 
 _TOOLS = {"OBJCOPY": "objcopy", "AR": "ar"}
-_ASSEMBLER = {"aarch64": "\t.arch armv8.6-a+fp16\n"}
+_ASSEMBLER = {"aarch64": "\t.arch armv8.6-a+fp16+sve2\n"}
 """What an assembler is told, by the architecture, to take all instructions that kernels for it may have."""
 
 

@@ -51,7 +51,8 @@ def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
     Raises:
         ValueError: an sblock that neither is a stage of the strategy, nor lies within one, nor is listed as scalar.
     """
-    sch = Schedule(IRModule({variable: _for_llvm(function, tiling) for variable, function in mod.functions.items()}))
+    of = {variable: _strategy_of(variable.name_hint, tiling) for variable in mod.functions}
+    sch = Schedule(IRModule({variable: _for_llvm(mod[variable], tiles) for variable, (_, tiles) in of.items()}))
     for variable in sch.mod.get_global_vars():
         strategy, tiles = _strategy_of(variable.name_hint, tiling)
         sch.work_on(variable.name_hint)

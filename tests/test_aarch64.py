@@ -110,6 +110,24 @@ def test_calls_under_emulation(driver, name, isa):
 
 
 @aarch64.needs_tools
+def test_a_feature_that_is_asked_for_is_there(tmp_path):
+    """SVE, which kernels do without by themselves: the assembler takes it, and the library asks for it."""
+    spec = PLAIN["float32"]
+    bundle([spec], [N1 | {"mattr": ["+sve"]}], tmp_path / "sve")
+    assert re.search(r"\bz\d+\.s\b", next((tmp_path / "sve" / "stages").rglob("*.s")).read_text())
+    driver = aarch64.Driver(tmp_path / "sve", HERE / "c" / "driver.c", tmp_path)
+    inputs, call = make_inputs(spec, LENGTHS), make_call(spec, ATTENDED)
+    driver.add("decode", spec_name(spec), decode_arrays(inputs))
+    driver.add("attend", spec_name(spec), attend_arrays(spec, call), scale=call.scale)
+    (*_, decoded), (*_, attended) = driver.results()
+    assert_close_to_oracle(spec, inputs, *decoded)
+    assert_close(spec, call, *attended)
+    status, message, _ = driver.results(cpu="neoverse-n1")[0]
+    assert status == 4
+    assert re.search(r"lacks .*\bsve\b", message)
+
+
+@aarch64.needs_tools
 @pytest.mark.parametrize("driver", ["bfloat16_packed"], indirect=True)
 def test_products_of_blocks_have_the_bits_of_dot_products(driver):
     """bfmmla adds up a pair after the other as bfdot does: attend's last query tokens have decode's bits."""

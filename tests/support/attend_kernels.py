@@ -37,7 +37,8 @@ class Kernels:
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
         lowered = backend.lower(module, spec, self.tiles, self.tiles)
-        self.executable = build.translate(instructions.select(lowered.mod, cpu, self.tiles), cpu)
+        apart = build.apart(instructions.select(lowered.mod, cpu, self.tiles)).values()  # each has its level of LLVM's
+        self.executables = {name: build.translate(each, cpu) for name, each in zip(sorted(names), apart, strict=True)}
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
@@ -46,7 +47,7 @@ class Kernels:
             kernel = FEW_ROWS if has_few else kernel
         if shape := self.tiles.of_kernel(kernel).tile_shape:
             tile_registers.shape(*shape)
-        self.executable[kernel](*(given[name] for name in self.params[kernel]))
+        self.executables[kernel][kernel](*(given[name] for name in self.params[kernel]))
 
     def strides(self, call: Call) -> dict[str, int]:
         """The strides of the caches, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from pa_compiler.spec import DTYPES, KV_LAYOUTS
 DRAWS_VALUE_DIMS = True
 """Whether some specs have a value_dim and shared_kv of their own: where targets have kernels for them."""
 DRAWS_SCORES = True
-"""Whether some specs have a window, a soft cap, ALiBi and sinks: where targets have kernels for them."""
+"""Whether some specs have a window, a soft cap, ALiBi, sinks and a function of scores with an input: where targets have
+kernels for them."""
 WINDOWS = (1, 7, 16, 100, 128, 129, 1024)
 SOFTCAPS = (0.5, 5.0, 30.0, 50.0)
 MAX_HEADS = 128
@@ -21,6 +23,8 @@ MAX_WIDTH = 1 << 13
 HEAD_DIMS = (1, 7, 8, 16, 24, 32, 40, 64, 64, 80, 96, 100, 112, 128, 128, 192, 256, 509, 576)
 VALUE_DIMS = (1, 7, 8, 16, 33, 64, 100, 128, 512)
 BLOCK_SIZES = (1, 2, 5, 8, 16, 16, 32, 48, 64, 100, 128, 256)
+AXES = {"batch": "batch", "head": 0, "key": 4}
+"""Of the inputs of functions, and their extents, but that of heads, which is the spec's."""
 CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """What any CPU since 2017 runs, so that a test may call what is compiled for them."""
 
@@ -30,7 +34,7 @@ def drawn_spec(
 ) -> tuple[PagedAttentionSpec, str, str | dict[str, str]]:
     """The spec, pipeline and target of a number, always the same ones.
 
-    With value_dims there are values of other sizes too, with scores windows, soft caps, ALiBi and sinks.
+    With value_dims there are values of other sizes too, with scores windows, soft caps, ALiBi, sinks and inputs.
     """
     rng = np.random.default_rng((4, number))
     dtype, out_dtype = rng.choice(DTYPES, 2)
@@ -56,7 +60,10 @@ def drawn_spec(
     pipeline = str(rng.choice(["fused", "fused", "staged"]))
     if value_dims:
         spec = _with_values(spec, np.random.default_rng((5, number)))
-    return _with_scores(spec, np.random.default_rng((6, number))) if scores else spec, pipeline, target
+    if scores:
+        spec = _with_scores(spec, np.random.default_rng((6, number)))
+        spec = _with_input(spec, np.random.default_rng((7, number)))
+    return spec, pipeline, target
 
 
 def _with_values(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAttentionSpec:
@@ -81,6 +88,22 @@ def _with_scores(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAtt
         alibi=alibi,
         sinks=sinks,
     )
+
+
+def _with_input(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAttentionSpec:
+    """In one of four, a function of scores that reads an input by the sequence and more, its axes in any order."""
+    if rng.random() < 0.75:
+        return spec
+    orders = [order for count in (1, 2, 3) for order in itertools.permutations(AXES, count) if "batch" in order]
+    axes = orders[int(rng.integers(len(orders)))]
+
+    def biased(score, batch, head, query_pos, key_pos, *, bias):
+        places = {"batch": batch, "head": head, "key": key_pos % AXES["key"]}
+        return score + bias[tuple(places[axis] for axis in axes)]
+
+    extents = AXES | {"head": spec.num_heads}
+    shape = tuple(extents[axis] for axis in axes)
+    return dataclasses.replace(spec, score_mod=biased, inputs={"bias": ("float32", shape)})
 
 
 def _group(rng: np.random.Generator) -> int:
