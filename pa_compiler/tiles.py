@@ -246,8 +246,9 @@ class VectorTiling(Tiling):
         LLVM is not to unroll it: what it adds up comes from memory, and it is compiled in half of the time.
         """
         values = dataclasses.replace(self.values, word=1, halves=1, terms=1)
-        sizes = {"pv_rows": 1, "pv_dims": self.pv_lanes, "many_tokens": False, "llvm_level": 2}
-        return dataclasses.replace(self, values=values, **sizes)
+        return dataclasses.replace(
+            self, values=values, pv_rows=1, pv_dims=self.pv_lanes, many_tokens=False, llvm_level=2
+        )
 
 
 def equal_tile(group: int, limit: int) -> int:

@@ -5274,6 +5274,10 @@ target triple = "x86_64-conda-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 64
+  %beta37.i = alloca [16 x float], align 64
+  %alpha38.i = alloca [16 x float], align 64
+  %row_sum39.i = alloca [16 x float], align 64
+  %row_max40.i = alloca [16 x float], align 64
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5382,6 +5386,10 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5397,9 +5405,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %334, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <16 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <16 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <16 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -5446,6 +5454,7 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
   %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  store <16 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %67, %m.i
   %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %97 = bitcast <16 x float> %96 to <16 x i32>
@@ -5468,647 +5477,264 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %114 = select <16 x i1> %113, <16 x float> zeroinitializer, <16 x float> %112
   %115 = fcmp one <16 x float> %70, zeroinitializer
   %116 = select <16 x i1> %115, <16 x float> %114, <16 x float> zeroinitializer
-  %117 = fmul <16 x float> %old_sum.i, %95
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %117)
+  store <16 x float> %116, ptr %beta37.i, align 16, !tbaa !17
   %.idx.i = shl nsw i64 %64, 13
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %120 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  %121 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %60, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
-
-for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
-  %122 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> zeroinitializer
-  %123 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %124 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %125 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %126 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %127 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %128 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %129 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %130 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %131 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %132 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %133 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %134 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %135 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %136 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %137 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %138 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %139 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %140 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %141 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %142 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %143 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %144 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %145 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %146 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %147 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %148 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %149 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %150 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %151 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br label %for_begin_r_0.preheader.i
 
-for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
-  %152 = fmul <16 x float> %95, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %153 = shufflevector <16 x float> %152, <16 x float> poison, <16 x i32> zeroinitializer
-  %154 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %155 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %156 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %157 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %158 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %159 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %160 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %161 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %162 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %163 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %164 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %165 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %166 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %167 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %168 = fmul <16 x float> %95, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %170 = fmul <16 x float> %95, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %172 = fmul <16 x float> %95, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %174 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %176 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %178 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %180 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %182 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %184 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
-  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %186 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
-  %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %188 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %190 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
-  %191 = shufflevector <16 x float> %190, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %192 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
-  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %194 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
-  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %196 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
-  %197 = shufflevector <16 x float> %196, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  br label %for_begin_r_0.preheader.us.i
-
-for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
-  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
-  %198 = shl nuw nsw i64 %indvars.iv62.i, 4
-  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %198
-  %199 = getelementptr inbounds nuw float, ptr %acc.i, i64 %198
-  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
-  %200 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %200, <16 x float> %153)
-  store <16 x float> %201, ptr %199, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %199, i64 512
-  store <16 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
-  %203 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %169)
-  store <16 x float> %204, ptr %202, align 4, !tbaa !8
-  %205 = getelementptr inbounds nuw i8, ptr %199, i64 1024
-  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
-  %206 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %206, <16 x float> %171)
-  store <16 x float> %207, ptr %205, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %199, i64 1536
-  store <16 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
-  %209 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %209, <16 x float> %173)
-  store <16 x float> %210, ptr %208, align 4, !tbaa !8
-  %211 = getelementptr inbounds nuw i8, ptr %199, i64 2048
-  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
-  %212 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %212, <16 x float> %175)
-  store <16 x float> %213, ptr %211, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %199, i64 2560
-  store <16 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
-  %215 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %157, <16 x float> %215, <16 x float> %177)
-  store <16 x float> %216, ptr %214, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw i8, ptr %199, i64 3072
-  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
-  %218 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %218, <16 x float> %179)
-  store <16 x float> %219, ptr %217, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %199, i64 3584
-  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
-  %221 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %221, <16 x float> %181)
-  store <16 x float> %222, ptr %220, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw i8, ptr %199, i64 4096
-  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
-  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
-  %224 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %224, <16 x float> %183)
-  store <16 x float> %225, ptr %223, align 4, !tbaa !8
-  %226 = getelementptr inbounds nuw i8, ptr %199, i64 4608
-  store <16 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
-  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
-  %227 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %227, <16 x float> %185)
-  store <16 x float> %228, ptr %226, align 4, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %199, i64 5120
-  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
-  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
-  %230 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %162, <16 x float> %230, <16 x float> %187)
-  store <16 x float> %231, ptr %229, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw i8, ptr %199, i64 5632
-  store <16 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
-  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
-  %233 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %233, <16 x float> %189)
-  store <16 x float> %234, ptr %232, align 4, !tbaa !8
-  %235 = getelementptr inbounds nuw i8, ptr %199, i64 6144
-  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
-  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
-  %236 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
-  %237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %236, <16 x float> %191)
-  store <16 x float> %237, ptr %235, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw i8, ptr %199, i64 6656
-  store <16 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
-  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
-  %239 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
-  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %239, <16 x float> %193)
-  store <16 x float> %240, ptr %238, align 4, !tbaa !8
-  %241 = getelementptr inbounds nuw i8, ptr %199, i64 7168
-  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !8
-  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
-  %242 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
-  %243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %166, <16 x float> %242, <16 x float> %195)
-  store <16 x float> %243, ptr %241, align 4, !tbaa !8
-  %244 = getelementptr inbounds nuw i8, ptr %199, i64 7680
-  store <16 x float> zeroinitializer, ptr %244, align 4, !tbaa !8
-  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
-  %245 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %245, <16 x float> %197)
-  store <16 x float> %246, ptr %244, align 4, !tbaa !8
-  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
-  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 8
-  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
-
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %247 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %248 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %249 = select <16 x i1> %248, <16 x float> zeroinitializer, <16 x float> %247
-  store <16 x float> %249, ptr %factor34.i, align 16, !tbaa !11
+  store <16 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <16 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %118 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %120 = select <16 x i1> %119, <16 x float> zeroinitializer, <16 x float> %118
+  store <16 x float> %120, ptr %factor34.i, align 16, !tbaa !24
   %sext = shl i64 %20, 32
-  %250 = ashr exact i64 %sext, 32
-  %251 = mul nsw i64 %out_batch, %250
-  %252 = getelementptr float, ptr %out, i64 %251
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr float, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
-  %253 = shl nuw nsw i64 %indvars.iv.i, 4
-  %invariant.gep.i = getelementptr float, ptr %119, i64 %253
-  %254 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
-  %255 = getelementptr inbounds nuw float, ptr %acc.i, i64 %253
-  %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
-  %257 = fmul <16 x float> %122, %256
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %254, <16 x float> %257)
-  store <16 x float> %258, ptr %255, align 4, !tbaa !8
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
-  %259 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %255, i64 512
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %124, %261
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %259, <16 x float> %262)
-  store <16 x float> %263, ptr %260, align 4, !tbaa !8
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
-  %264 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %265 = getelementptr inbounds nuw i8, ptr %255, i64 1024
-  %266 = load <16 x float>, ptr %265, align 4, !tbaa !8
-  %267 = fmul <16 x float> %125, %266
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %264, <16 x float> %267)
-  store <16 x float> %268, ptr %265, align 4, !tbaa !8
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
-  %269 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %255, i64 1536
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <16 x float> %127, %271
-  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %269, <16 x float> %272)
-  store <16 x float> %273, ptr %270, align 4, !tbaa !8
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
-  %274 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw i8, ptr %255, i64 2048
-  %276 = load <16 x float>, ptr %275, align 4, !tbaa !8
-  %277 = fmul <16 x float> %129, %276
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %274, <16 x float> %277)
-  store <16 x float> %278, ptr %275, align 4, !tbaa !8
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
-  %279 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %255, i64 2560
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %131, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %279, <16 x float> %282)
-  store <16 x float> %283, ptr %280, align 4, !tbaa !8
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
-  %284 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %285 = getelementptr inbounds nuw i8, ptr %255, i64 3072
-  %286 = load <16 x float>, ptr %285, align 4, !tbaa !8
-  %287 = fmul <16 x float> %133, %286
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %284, <16 x float> %287)
-  store <16 x float> %288, ptr %285, align 4, !tbaa !8
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
-  %289 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %255, i64 3584
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %135, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %289, <16 x float> %292)
-  store <16 x float> %293, ptr %290, align 4, !tbaa !8
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
-  %294 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw i8, ptr %255, i64 4096
-  %296 = load <16 x float>, ptr %295, align 4, !tbaa !8
-  %297 = fmul <16 x float> %137, %296
-  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %294, <16 x float> %297)
-  store <16 x float> %298, ptr %295, align 4, !tbaa !8
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
-  %299 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %255, i64 4608
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <16 x float> %139, %301
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %299, <16 x float> %302)
-  store <16 x float> %303, ptr %300, align 4, !tbaa !8
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
-  %304 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
-  %305 = getelementptr inbounds nuw i8, ptr %255, i64 5120
-  %306 = load <16 x float>, ptr %305, align 4, !tbaa !8
-  %307 = fmul <16 x float> %141, %306
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %304, <16 x float> %307)
-  store <16 x float> %308, ptr %305, align 4, !tbaa !8
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
-  %309 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %255, i64 5632
-  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <16 x float> %143, %311
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %309, <16 x float> %312)
-  store <16 x float> %313, ptr %310, align 4, !tbaa !8
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
-  %314 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
-  %315 = getelementptr inbounds nuw i8, ptr %255, i64 6144
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !8
-  %317 = fmul <16 x float> %145, %316
-  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %314, <16 x float> %317)
-  store <16 x float> %318, ptr %315, align 4, !tbaa !8
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
-  %319 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
-  %320 = getelementptr inbounds nuw i8, ptr %255, i64 6656
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
-  %322 = fmul <16 x float> %147, %321
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %319, <16 x float> %322)
-  store <16 x float> %323, ptr %320, align 4, !tbaa !8
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
-  %324 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
-  %325 = getelementptr inbounds nuw i8, ptr %255, i64 7168
-  %326 = load <16 x float>, ptr %325, align 4, !tbaa !8
-  %327 = fmul <16 x float> %149, %326
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %324, <16 x float> %327)
-  store <16 x float> %328, ptr %325, align 4, !tbaa !8
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
-  %329 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
-  %330 = getelementptr inbounds nuw i8, ptr %255, i64 7680
-  %331 = load <16 x float>, ptr %330, align 4, !tbaa !8
-  %332 = fmul <16 x float> %151, %331
-  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %329, <16 x float> %332)
-  store <16 x float> %333, ptr %330, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 4
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep75.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  br label %for_body_r_0.i
 
-for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
-  %334 = add nuw nsw i32 %step46.i, 1
-  %exitcond66.not.i = icmp eq i32 %334, %num_partials
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <16 x float> %old_sum.i, %95
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+
+for_body_r_0.i:                                   ; preds = %if_end18.i.1, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.1, %if_end18.i.1 ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep76.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <16 x float>, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+for_end_r_0.i:                                    ; preds = %if_end18.i.1
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 8
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !32
+
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <16 x float> zeroinitializer, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 8, !tbaa !33
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep78.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 8, !tbaa !34
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = fmul <16 x float> %129, %138
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %134, <16 x float> %139)
+  store <16 x float> %140, ptr %gep78.i, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %141 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep76.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  br i1 %60, label %if_then17.i.1, label %for_body_r_0.i.if_end18.i_crit_edge.1, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.1:            ; preds = %if_end18.i
+  %.pre.1 = load <16 x float>, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_then17.i.1:                                    ; preds = %if_end18.i
+  store <16 x float> zeroinitializer, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_end18.i.1:                                     ; preds = %if_then17.i.1, %for_body_r_0.i.if_end18.i_crit_edge.1
+  %142 = phi <16 x float> [ %.pre.1, %for_body_r_0.i.if_end18.i_crit_edge.1 ], [ zeroinitializer, %if_then17.i.1 ]
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %144 = load float, ptr %143, align 4, !tbaa !33
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %141
+  %147 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep78.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %149 = load float, ptr %148, align 4, !tbaa !34
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = fmul <16 x float> %142, %151
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %152)
+  store <16 x float> %153, ptr %gep78.i.1, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
+  %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 16
+  br i1 %exitcond.not.i.1, label %for_end_r_0.i, label %for_body_r_0.i, !prof !32, !llvm.loop !35
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_019.preheader.i ]
-  %335 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv71.i
-  %336 = load float, ptr %335, align 4, !tbaa !19
-  %337 = insertelement <16 x float> poison, float %336, i64 0
-  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
-  %339 = mul nsw i64 %indvars.iv71.i, %out_head
-  %invariant.gep49.i = getelementptr float, ptr %252, i64 %339
-  %.idx = shl nuw nsw i64 %indvars.iv71.i, 9
-  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !8
-  %342 = fmul <16 x float> %341, %338
-  store <16 x float> %342, ptr %invariant.gep49.i, align 4, !tbaa !8
-  %343 = getelementptr inbounds nuw i8, ptr %340, i64 64
-  %344 = load <16 x float>, ptr %343, align 4, !tbaa !8
-  %345 = fmul <16 x float> %338, %344
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_begin_d_019.preheader.i ]
+  %154 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %155 = load float, ptr %154, align 4, !tbaa !37
+  %156 = insertelement <16 x float> poison, float %155, i64 0
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> zeroinitializer
+  %158 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr float, ptr %123, i64 %158
+  %.idx = shl nuw nsw i64 %indvars.iv65.i, 9
+  %159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
+  %161 = fmul <16 x float> %160, %157
+  store <16 x float> %161, ptr %invariant.gep49.i, align 4, !tbaa !8
+  %162 = getelementptr inbounds nuw i8, ptr %159, i64 64
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !8
+  %164 = fmul <16 x float> %157, %163
   %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <16 x float> %345, ptr %gep50.1.i, align 4, !tbaa !8
-  %346 = getelementptr inbounds nuw i8, ptr %340, i64 128
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !8
-  %348 = fmul <16 x float> %338, %347
+  store <16 x float> %164, ptr %gep50.1.i, align 4, !tbaa !8
+  %165 = getelementptr inbounds nuw i8, ptr %159, i64 128
+  %166 = load <16 x float>, ptr %165, align 4, !tbaa !8
+  %167 = fmul <16 x float> %157, %166
   %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <16 x float> %348, ptr %gep50.2.i, align 4, !tbaa !8
-  %349 = getelementptr inbounds nuw i8, ptr %340, i64 192
-  %350 = load <16 x float>, ptr %349, align 4, !tbaa !8
-  %351 = fmul <16 x float> %338, %350
+  store <16 x float> %167, ptr %gep50.2.i, align 4, !tbaa !8
+  %168 = getelementptr inbounds nuw i8, ptr %159, i64 192
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
+  %170 = fmul <16 x float> %157, %169
   %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <16 x float> %351, ptr %gep50.3.i, align 4, !tbaa !8
-  %352 = getelementptr inbounds nuw i8, ptr %340, i64 256
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !8
-  %354 = fmul <16 x float> %338, %353
+  store <16 x float> %170, ptr %gep50.3.i, align 4, !tbaa !8
+  %171 = getelementptr inbounds nuw i8, ptr %159, i64 256
+  %172 = load <16 x float>, ptr %171, align 4, !tbaa !8
+  %173 = fmul <16 x float> %157, %172
   %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
-  store <16 x float> %354, ptr %gep50.4.i, align 4, !tbaa !8
-  %355 = getelementptr inbounds nuw i8, ptr %340, i64 320
-  %356 = load <16 x float>, ptr %355, align 4, !tbaa !8
-  %357 = fmul <16 x float> %338, %356
+  store <16 x float> %173, ptr %gep50.4.i, align 4, !tbaa !8
+  %174 = getelementptr inbounds nuw i8, ptr %159, i64 320
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
+  %176 = fmul <16 x float> %157, %175
   %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
-  store <16 x float> %357, ptr %gep50.5.i, align 4, !tbaa !8
-  %358 = getelementptr inbounds nuw i8, ptr %340, i64 384
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !8
-  %360 = fmul <16 x float> %338, %359
+  store <16 x float> %176, ptr %gep50.5.i, align 4, !tbaa !8
+  %177 = getelementptr inbounds nuw i8, ptr %159, i64 384
+  %178 = load <16 x float>, ptr %177, align 4, !tbaa !8
+  %179 = fmul <16 x float> %157, %178
   %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
-  store <16 x float> %360, ptr %gep50.6.i, align 4, !tbaa !8
-  %361 = getelementptr inbounds nuw i8, ptr %340, i64 448
-  %362 = load <16 x float>, ptr %361, align 4, !tbaa !8
-  %363 = fmul <16 x float> %338, %362
+  store <16 x float> %179, ptr %gep50.6.i, align 4, !tbaa !8
+  %180 = getelementptr inbounds nuw i8, ptr %159, i64 448
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
+  %182 = fmul <16 x float> %157, %181
   %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
-  store <16 x float> %363, ptr %gep50.7.i, align 4, !tbaa !8
-  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
-  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
-  br i1 %exitcond74.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
+  store <16 x float> %182, ptr %gep50.7.i, align 4, !tbaa !8
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !32
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %364 = add nsw i32 %num_keys, -1
-  %365 = sitofp i32 %364 to float
-  %366 = bitcast float %365 to i32
-  %367 = ashr i32 %366, 23
-  %368 = mul nsw i64 %lse_batch, %250
-  %369 = getelementptr float, ptr %lse, i64 %368
-  %370 = tail call i32 @llvm.smax.i32(i32 %367, i32 125)
-  %371 = shl nuw nsw i32 %370, 23
-  %372 = add nuw i32 %371, 16777216
-  %373 = bitcast i32 %372 to float
-  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %374 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %374, label %if_end30.i, label %if_else.i
+  %183 = add nsw i32 %num_keys, -1
+  %184 = sitofp i32 %183 to float
+  %185 = bitcast float %184 to i32
+  %186 = ashr i32 %185, 23
+  %187 = mul nsw i64 %lse_batch, %121
+  %188 = getelementptr float, ptr %lse, i64 %187
+  %189 = tail call i32 @llvm.smax.i32(i32 %186, i32 125)
+  %190 = shl nuw nsw i32 %189, 23
+  %191 = add nuw i32 %190, 16777216
+  %192 = bitcast i32 %191 to float
+  br label %for_body_r25.i
 
-if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %375 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %373
-  %376 = tail call float @llvm.log.f32(float %375)
-  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %377 = fadd float %row_max40.sroa.0.0.vec.extract.i, %376
-  br label %if_end30.i
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i.3, %if_end30.i.3 ]
+  %193 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %194 = load float, ptr %193, align 16, !tbaa !38
+  %195 = fcmp oeq float %194, 0.000000e+00
+  br i1 %195, label %if_end30.i, label %if_else.i
 
-if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %378 = phi float [ %377, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %378, ptr %369, align 4, !tbaa !8
-  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %379 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %379, label %if_end30.1.i, label %if_else.1.i
-
-if_else.1.i:                                      ; preds = %if_end30.i
-  %380 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %373
-  %381 = tail call float @llvm.log.f32(float %380)
-  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %382 = fadd float %row_max40.sroa.0.4.vec.extract.i, %381
-  br label %if_end30.1.i
-
-if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %383 = phi float [ %382, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %384 = getelementptr i8, ptr %369, i64 4
-  store float %383, ptr %384, align 4, !tbaa !8
-  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %385 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %385, label %if_end30.2.i, label %if_else.2.i
-
-if_else.2.i:                                      ; preds = %if_end30.1.i
-  %386 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %373
-  %387 = tail call float @llvm.log.f32(float %386)
-  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %388 = fadd float %row_max40.sroa.0.8.vec.extract.i, %387
-  br label %if_end30.2.i
-
-if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %389 = phi float [ %388, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %390 = getelementptr i8, ptr %369, i64 8
-  store float %389, ptr %390, align 4, !tbaa !8
-  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %391 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %391, label %if_end30.3.i, label %if_else.3.i
-
-if_else.3.i:                                      ; preds = %if_end30.2.i
-  %392 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %373
-  %393 = tail call float @llvm.log.f32(float %392)
-  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %394 = fadd float %row_max40.sroa.0.12.vec.extract.i, %393
-  br label %if_end30.3.i
-
-if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %395 = phi float [ %394, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %396 = getelementptr i8, ptr %369, i64 12
-  store float %395, ptr %396, align 4, !tbaa !8
-  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %397 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %397, label %if_end30.4.i, label %if_else.4.i
-
-if_else.4.i:                                      ; preds = %if_end30.3.i
-  %398 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %373
-  %399 = tail call float @llvm.log.f32(float %398)
-  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %400 = fadd float %row_max40.sroa.0.16.vec.extract.i, %399
-  br label %if_end30.4.i
-
-if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %401 = phi float [ %400, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %402 = getelementptr i8, ptr %369, i64 16
-  store float %401, ptr %402, align 4, !tbaa !8
-  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %403 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %403, label %if_end30.5.i, label %if_else.5.i
-
-if_else.5.i:                                      ; preds = %if_end30.4.i
-  %404 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %373
-  %405 = tail call float @llvm.log.f32(float %404)
-  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %406 = fadd float %row_max40.sroa.0.20.vec.extract.i, %405
-  br label %if_end30.5.i
-
-if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %407 = phi float [ %406, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %408 = getelementptr i8, ptr %369, i64 20
-  store float %407, ptr %408, align 4, !tbaa !8
-  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %409 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %409, label %if_end30.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end30.5.i
-  %410 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %373
-  %411 = tail call float @llvm.log.f32(float %410)
-  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %412 = fadd float %row_max40.sroa.0.24.vec.extract.i, %411
-  br label %if_end30.6.i
-
-if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %413 = phi float [ %412, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %414 = getelementptr i8, ptr %369, i64 24
-  store float %413, ptr %414, align 4, !tbaa !8
-  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %415 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %415, label %if_end30.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end30.6.i
-  %416 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %373
-  %417 = tail call float @llvm.log.f32(float %416)
-  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %418 = fadd float %row_max40.sroa.0.28.vec.extract.i, %417
-  br label %if_end30.7.i
-
-if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %419 = phi float [ %418, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %420 = getelementptr i8, ptr %369, i64 28
-  store float %419, ptr %420, align 4, !tbaa !8
-  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %421 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %421, label %if_end30.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end30.7.i
-  %422 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %373
-  %423 = tail call float @llvm.log.f32(float %422)
-  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %424 = fadd float %row_max40.sroa.0.32.vec.extract.i, %423
-  br label %if_end30.8.i
-
-if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %425 = phi float [ %424, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %426 = getelementptr i8, ptr %369, i64 32
-  store float %425, ptr %426, align 4, !tbaa !8
-  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %427 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %427, label %if_end30.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end30.8.i
-  %428 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %373
-  %429 = tail call float @llvm.log.f32(float %428)
-  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %430 = fadd float %row_max40.sroa.0.36.vec.extract.i, %429
-  br label %if_end30.9.i
-
-if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %431 = phi float [ %430, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %432 = getelementptr i8, ptr %369, i64 36
-  store float %431, ptr %432, align 4, !tbaa !8
-  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %433 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %433, label %if_end30.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end30.9.i
-  %434 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %373
-  %435 = tail call float @llvm.log.f32(float %434)
-  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %436 = fadd float %row_max40.sroa.0.40.vec.extract.i, %435
-  br label %if_end30.10.i
-
-if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %437 = phi float [ %436, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %438 = getelementptr i8, ptr %369, i64 40
-  store float %437, ptr %438, align 4, !tbaa !8
-  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %439 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %439, label %if_end30.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end30.10.i
-  %440 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %373
-  %441 = tail call float @llvm.log.f32(float %440)
-  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %442 = fadd float %row_max40.sroa.0.44.vec.extract.i, %441
-  br label %if_end30.11.i
-
-if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %443 = phi float [ %442, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %444 = getelementptr i8, ptr %369, i64 44
-  store float %443, ptr %444, align 4, !tbaa !8
-  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %445 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %445, label %if_end30.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end30.11.i
-  %446 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %373
-  %447 = tail call float @llvm.log.f32(float %446)
-  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %448 = fadd float %row_max40.sroa.0.48.vec.extract.i, %447
-  br label %if_end30.12.i
-
-if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %449 = phi float [ %448, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %450 = getelementptr i8, ptr %369, i64 48
-  store float %449, ptr %450, align 4, !tbaa !8
-  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %451 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %451, label %if_end30.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end30.12.i
-  %452 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %373
-  %453 = tail call float @llvm.log.f32(float %452)
-  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %454 = fadd float %row_max40.sroa.0.52.vec.extract.i, %453
-  br label %if_end30.13.i
-
-if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %455 = phi float [ %454, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %456 = getelementptr i8, ptr %369, i64 52
-  store float %455, ptr %456, align 4, !tbaa !8
-  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %457 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %457, label %if_end30.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end30.13.i
-  %458 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %373
-  %459 = tail call float @llvm.log.f32(float %458)
-  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %460 = fadd float %row_max40.sroa.0.56.vec.extract.i, %459
-  br label %if_end30.14.i
-
-if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %461 = phi float [ %460, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %462 = getelementptr i8, ptr %369, i64 56
-  store float %461, ptr %462, align 4, !tbaa !8
-  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %463 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %463, label %if_end30.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end30.14.i
-  %464 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %373
-  %465 = tail call float @llvm.log.f32(float %464)
-  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %466 = fadd float %row_max40.sroa.0.60.vec.extract.i, %465
-  br label %if_end30.15.i
-
-if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %467 = phi float [ %466, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %468 = getelementptr i8, ptr %369, i64 60
-  store float %467, ptr %468, align 4, !tbaa !8
-  %469 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %470 = tail call i32 %469(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %470, 0
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %196 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %197 = tail call i32 %196(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %197, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+if_else.i:                                        ; preds = %for_body_r25.i
+  %198 = fmul float %194, %192
+  %199 = tail call float @llvm.log.f32(float %198)
+  %200 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %201 = load float, ptr %200, align 16, !tbaa !40
+  %202 = fadd float %199, %201
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %203 = phi float [ %202, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %204 = getelementptr float, ptr %188, i64 %indvars.iv69.i
+  store float %203, ptr %204, align 4, !tbaa !8
+  %indvars.iv.next70.i = or disjoint i64 %indvars.iv69.i, 1
+  %205 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i
+  %206 = load float, ptr %205, align 4, !tbaa !38
+  %207 = fcmp oeq float %206, 0.000000e+00
+  br i1 %207, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %208 = fmul float %206, %192
+  %209 = tail call float @llvm.log.f32(float %208)
+  %210 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i
+  %211 = load float, ptr %210, align 4, !tbaa !40
+  %212 = fadd float %209, %211
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %213 = phi float [ %212, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %214 = getelementptr float, ptr %188, i64 %indvars.iv.next70.i
+  store float %213, ptr %214, align 4, !tbaa !8
+  %indvars.iv.next70.i.1 = or disjoint i64 %indvars.iv69.i, 2
+  %215 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.1
+  %216 = load float, ptr %215, align 8, !tbaa !38
+  %217 = fcmp oeq float %216, 0.000000e+00
+  br i1 %217, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %218 = fmul float %216, %192
+  %219 = tail call float @llvm.log.f32(float %218)
+  %220 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.1
+  %221 = load float, ptr %220, align 8, !tbaa !40
+  %222 = fadd float %219, %221
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %223 = phi float [ %222, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %224 = getelementptr float, ptr %188, i64 %indvars.iv.next70.i.1
+  store float %223, ptr %224, align 4, !tbaa !8
+  %indvars.iv.next70.i.2 = or disjoint i64 %indvars.iv69.i, 3
+  %225 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.2
+  %226 = load float, ptr %225, align 4, !tbaa !38
+  %227 = fcmp oeq float %226, 0.000000e+00
+  br i1 %227, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %228 = fmul float %226, %192
+  %229 = tail call float @llvm.log.f32(float %228)
+  %230 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.2
+  %231 = load float, ptr %230, align 4, !tbaa !40
+  %232 = fadd float %229, %231
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %233 = phi float [ %232, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %234 = getelementptr float, ptr %188, i64 %indvars.iv.next70.i.2
+  store float %233, ptr %234, align 4, !tbaa !8
+  %indvars.iv.next70.i.3 = add nuw nsw i64 %indvars.iv69.i, 4
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next70.i.3, 16
+  br i1 %exitcond72.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !32, !llvm.loop !42
+
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6143,7 +5769,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22,\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -6153,13 +5779,37 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!"branch_weights", i32 1, i32 1048575}
-!11 = !{!12, !12, i64 0}
-!12 = !{!"buffer6.w64.b0", !13, i64 0}
-!13 = !{!"buffer6.w128.b0", !14, i64 0}
-!14 = !{!"buffer6.w256.b0", !15, i64 0}
-!15 = !{!"buffer6.w512.b0", !16, i64 0}
-!16 = !{!"buffer6.w1024.b0", !17, i64 0}
-!17 = !{!"buffer6", !5, i64 0}
-!18 = !{!"branch_weights", i32 127, i32 134217601}
-!19 = !{!17, !17, i64 0}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer6.w64.b0", !12, i64 0}
+!12 = !{!"buffer6.w128.b0", !13, i64 0}
+!13 = !{!"buffer6.w256.b0", !14, i64 0}
+!14 = !{!"buffer6.w512.b0", !15, i64 0}
+!15 = !{!"buffer6.w1024.b0", !16, i64 0}
+!16 = !{!"buffer6", !5, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer7.w64.b0", !19, i64 0}
+!19 = !{!"buffer7.w128.b0", !20, i64 0}
+!20 = !{!"buffer7.w256.b0", !21, i64 0}
+!21 = !{!"buffer7.w512.b0", !22, i64 0}
+!22 = !{!"buffer7.w1024.b0", !23, i64 0}
+!23 = !{!"buffer7", !5, i64 0}
+!24 = !{!25, !25, i64 0}
+!25 = !{!"buffer8.w64.b0", !26, i64 0}
+!26 = !{!"buffer8.w128.b0", !27, i64 0}
+!27 = !{!"buffer8.w256.b0", !28, i64 0}
+!28 = !{!"buffer8.w512.b0", !29, i64 0}
+!29 = !{!"buffer8.w1024.b0", !30, i64 0}
+!30 = !{!"buffer8", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!"branch_weights", i32 1, i32 1048575}
+!33 = !{!23, !23, i64 0}
+!34 = !{!16, !16, i64 0}
+!35 = distinct !{!35, !36}
+!36 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!37 = !{!30, !30, i64 0}
+!38 = !{!39, !39, i64 0}
+!39 = !{!"buffer9", !5, i64 0}
+!40 = !{!41, !41, i64 0}
+!41 = !{!"buffer10", !5, i64 0}
+!42 = distinct !{!42, !43}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -5162,6 +5162,10 @@ target triple = "aarch64-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 16
+  %beta37.i = alloca [16 x float], align 16
+  %alpha38.i = alloca [16 x float], align 16
+  %row_sum39.i = alloca [16 x float], align 16
+  %row_max40.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5270,6 +5274,10 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5285,9 +5293,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %334, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <16 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <16 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <16 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -5334,6 +5342,7 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
   %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  store <16 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %67, %m.i
   %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %97 = bitcast <16 x float> %96 to <16 x i32>
@@ -5356,767 +5365,179 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %114 = select <16 x i1> %113, <16 x float> zeroinitializer, <16 x float> %112
   %115 = fcmp one <16 x float> %70, zeroinitializer
   %116 = select <16 x i1> %115, <16 x float> %114, <16 x float> zeroinitializer
-  %117 = fmul <16 x float> %old_sum.i, %95
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %117)
+  store <16 x float> %116, ptr %beta37.i, align 16, !tbaa !17
   %.idx.i = shl nsw i64 %64, 13
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %120 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> zeroinitializer
-  %121 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> zeroinitializer
-  br i1 %60, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
-
-for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
-  %122 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %123 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %124 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %125 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %126 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %127 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %128 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %129 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %130 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %131 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %132 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %133 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %134 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %135 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %136 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %137 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %138 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %139 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %140 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %141 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %142 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %143 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %144 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %145 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %146 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %147 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %148 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %149 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %150 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %151 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br label %for_begin_r_0.preheader.i
 
-for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
-  %152 = fmul <4 x float> %121, zeroinitializer
-  %153 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %154 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %155 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %156 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %157 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %158 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %159 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %160 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %161 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %162 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %163 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %164 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %165 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %166 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
-  %167 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %168 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %169 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %170 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %171 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %172 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %173 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %174 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
-  %175 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %176 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %177 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %178 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %179 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %180 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %181 = shufflevector <16 x float> %116, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %182 = shufflevector <16 x float> %95, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
-  %183 = fmul <4 x float> %154, zeroinitializer
-  %184 = fmul <4 x float> %156, zeroinitializer
-  %185 = fmul <4 x float> %158, zeroinitializer
-  %186 = fmul <4 x float> %160, zeroinitializer
-  %187 = fmul <4 x float> %162, zeroinitializer
-  %188 = fmul <4 x float> %164, zeroinitializer
-  %189 = fmul <4 x float> %166, zeroinitializer
-  %190 = fmul <4 x float> %168, zeroinitializer
-  %191 = fmul <4 x float> %170, zeroinitializer
-  %192 = fmul <4 x float> %172, zeroinitializer
-  %193 = fmul <4 x float> %174, zeroinitializer
-  %194 = fmul <4 x float> %176, zeroinitializer
-  %195 = fmul <4 x float> %178, zeroinitializer
-  %196 = fmul <4 x float> %180, zeroinitializer
-  %197 = fmul <4 x float> %182, zeroinitializer
-  br label %for_begin_r_0.preheader.us.i
-
-for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
-  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
-  %198 = shl nuw nsw i64 %indvars.iv62.i, 2
-  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %198
-  %199 = getelementptr inbounds nuw float, ptr %acc.i, i64 %198
-  store <4 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
-  %200 = load <4 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
-  %201 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %200, <4 x float> %152)
-  store <4 x float> %201, ptr %199, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %199, i64 512
-  store <4 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
-  %203 = load <4 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %204 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %153, <4 x float> %203, <4 x float> %183)
-  store <4 x float> %204, ptr %202, align 4, !tbaa !8
-  %205 = getelementptr inbounds nuw i8, ptr %199, i64 1024
-  store <4 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
-  %206 = load <4 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %207 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %155, <4 x float> %206, <4 x float> %184)
-  store <4 x float> %207, ptr %205, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %199, i64 1536
-  store <4 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
-  %209 = load <4 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %210 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %157, <4 x float> %209, <4 x float> %185)
-  store <4 x float> %210, ptr %208, align 4, !tbaa !8
-  %211 = getelementptr inbounds nuw i8, ptr %199, i64 2048
-  store <4 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
-  %212 = load <4 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %213 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %159, <4 x float> %212, <4 x float> %186)
-  store <4 x float> %213, ptr %211, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %199, i64 2560
-  store <4 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
-  %215 = load <4 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %216 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %161, <4 x float> %215, <4 x float> %187)
-  store <4 x float> %216, ptr %214, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw i8, ptr %199, i64 3072
-  store <4 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
-  %218 = load <4 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %219 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %163, <4 x float> %218, <4 x float> %188)
-  store <4 x float> %219, ptr %217, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %199, i64 3584
-  store <4 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
-  %221 = load <4 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %222 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %165, <4 x float> %221, <4 x float> %189)
-  store <4 x float> %222, ptr %220, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw i8, ptr %199, i64 4096
-  store <4 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
-  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
-  %224 = load <4 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
-  %225 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %167, <4 x float> %224, <4 x float> %190)
-  store <4 x float> %225, ptr %223, align 4, !tbaa !8
-  %226 = getelementptr inbounds nuw i8, ptr %199, i64 4608
-  store <4 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
-  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
-  %227 = load <4 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
-  %228 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %169, <4 x float> %227, <4 x float> %191)
-  store <4 x float> %228, ptr %226, align 4, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %199, i64 5120
-  store <4 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
-  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
-  %230 = load <4 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
-  %231 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %171, <4 x float> %230, <4 x float> %192)
-  store <4 x float> %231, ptr %229, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw i8, ptr %199, i64 5632
-  store <4 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
-  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
-  %233 = load <4 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
-  %234 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %173, <4 x float> %233, <4 x float> %193)
-  store <4 x float> %234, ptr %232, align 4, !tbaa !8
-  %235 = getelementptr inbounds nuw i8, ptr %199, i64 6144
-  store <4 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
-  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
-  %236 = load <4 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
-  %237 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %175, <4 x float> %236, <4 x float> %194)
-  store <4 x float> %237, ptr %235, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw i8, ptr %199, i64 6656
-  store <4 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
-  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
-  %239 = load <4 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
-  %240 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %177, <4 x float> %239, <4 x float> %195)
-  store <4 x float> %240, ptr %238, align 4, !tbaa !8
-  %241 = getelementptr inbounds nuw i8, ptr %199, i64 7168
-  store <4 x float> zeroinitializer, ptr %241, align 4, !tbaa !8
-  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
-  %242 = load <4 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
-  %243 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %179, <4 x float> %242, <4 x float> %196)
-  store <4 x float> %243, ptr %241, align 4, !tbaa !8
-  %244 = getelementptr inbounds nuw i8, ptr %199, i64 7680
-  store <4 x float> zeroinitializer, ptr %244, align 4, !tbaa !8
-  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
-  %245 = load <4 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
-  %246 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %181, <4 x float> %245, <4 x float> %197)
-  store <4 x float> %246, ptr %244, align 4, !tbaa !8
-  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
-  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 32
-  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
-
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %247 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %248 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %249 = select <16 x i1> %248, <16 x float> zeroinitializer, <16 x float> %247
-  store <16 x float> %249, ptr %factor34.i, align 16, !tbaa !11
+  store <16 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <16 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %118 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %120 = select <16 x i1> %119, <16 x float> zeroinitializer, <16 x float> %118
+  store <16 x float> %120, ptr %factor34.i, align 16, !tbaa !24
   %sext = shl i64 %20, 32
-  %250 = ashr exact i64 %sext, 32
-  %251 = mul nsw i64 %out_batch, %250
-  %252 = getelementptr float, ptr %out, i64 %251
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr float, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
-  %253 = shl nuw nsw i64 %indvars.iv.i, 2
-  %invariant.gep.i = getelementptr float, ptr %119, i64 %253
-  %254 = load <4 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
-  %255 = getelementptr inbounds nuw float, ptr %acc.i, i64 %253
-  %256 = load <4 x float>, ptr %255, align 4, !tbaa !8
-  %257 = fmul <4 x float> %121, %256
-  %258 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %254, <4 x float> %257)
-  store <4 x float> %258, ptr %255, align 4, !tbaa !8
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
-  %259 = load <4 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %255, i64 512
-  %261 = load <4 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <4 x float> %123, %261
-  %263 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %122, <4 x float> %259, <4 x float> %262)
-  store <4 x float> %263, ptr %260, align 4, !tbaa !8
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
-  %264 = load <4 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %265 = getelementptr inbounds nuw i8, ptr %255, i64 1024
-  %266 = load <4 x float>, ptr %265, align 4, !tbaa !8
-  %267 = fmul <4 x float> %125, %266
-  %268 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %124, <4 x float> %264, <4 x float> %267)
-  store <4 x float> %268, ptr %265, align 4, !tbaa !8
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
-  %269 = load <4 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %255, i64 1536
-  %271 = load <4 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <4 x float> %127, %271
-  %273 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %126, <4 x float> %269, <4 x float> %272)
-  store <4 x float> %273, ptr %270, align 4, !tbaa !8
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
-  %274 = load <4 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw i8, ptr %255, i64 2048
-  %276 = load <4 x float>, ptr %275, align 4, !tbaa !8
-  %277 = fmul <4 x float> %129, %276
-  %278 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %128, <4 x float> %274, <4 x float> %277)
-  store <4 x float> %278, ptr %275, align 4, !tbaa !8
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
-  %279 = load <4 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %255, i64 2560
-  %281 = load <4 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <4 x float> %131, %281
-  %283 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %130, <4 x float> %279, <4 x float> %282)
-  store <4 x float> %283, ptr %280, align 4, !tbaa !8
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
-  %284 = load <4 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %285 = getelementptr inbounds nuw i8, ptr %255, i64 3072
-  %286 = load <4 x float>, ptr %285, align 4, !tbaa !8
-  %287 = fmul <4 x float> %133, %286
-  %288 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %132, <4 x float> %284, <4 x float> %287)
-  store <4 x float> %288, ptr %285, align 4, !tbaa !8
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
-  %289 = load <4 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %255, i64 3584
-  %291 = load <4 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <4 x float> %135, %291
-  %293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %134, <4 x float> %289, <4 x float> %292)
-  store <4 x float> %293, ptr %290, align 4, !tbaa !8
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
-  %294 = load <4 x float>, ptr %gep.8.i, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw i8, ptr %255, i64 4096
-  %296 = load <4 x float>, ptr %295, align 4, !tbaa !8
-  %297 = fmul <4 x float> %137, %296
-  %298 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %136, <4 x float> %294, <4 x float> %297)
-  store <4 x float> %298, ptr %295, align 4, !tbaa !8
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
-  %299 = load <4 x float>, ptr %gep.9.i, align 4, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %255, i64 4608
-  %301 = load <4 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <4 x float> %139, %301
-  %303 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %138, <4 x float> %299, <4 x float> %302)
-  store <4 x float> %303, ptr %300, align 4, !tbaa !8
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
-  %304 = load <4 x float>, ptr %gep.10.i, align 4, !tbaa !8
-  %305 = getelementptr inbounds nuw i8, ptr %255, i64 5120
-  %306 = load <4 x float>, ptr %305, align 4, !tbaa !8
-  %307 = fmul <4 x float> %141, %306
-  %308 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %140, <4 x float> %304, <4 x float> %307)
-  store <4 x float> %308, ptr %305, align 4, !tbaa !8
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
-  %309 = load <4 x float>, ptr %gep.11.i, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %255, i64 5632
-  %311 = load <4 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <4 x float> %143, %311
-  %313 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %142, <4 x float> %309, <4 x float> %312)
-  store <4 x float> %313, ptr %310, align 4, !tbaa !8
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
-  %314 = load <4 x float>, ptr %gep.12.i, align 4, !tbaa !8
-  %315 = getelementptr inbounds nuw i8, ptr %255, i64 6144
-  %316 = load <4 x float>, ptr %315, align 4, !tbaa !8
-  %317 = fmul <4 x float> %145, %316
-  %318 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %144, <4 x float> %314, <4 x float> %317)
-  store <4 x float> %318, ptr %315, align 4, !tbaa !8
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
-  %319 = load <4 x float>, ptr %gep.13.i, align 4, !tbaa !8
-  %320 = getelementptr inbounds nuw i8, ptr %255, i64 6656
-  %321 = load <4 x float>, ptr %320, align 4, !tbaa !8
-  %322 = fmul <4 x float> %147, %321
-  %323 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %146, <4 x float> %319, <4 x float> %322)
-  store <4 x float> %323, ptr %320, align 4, !tbaa !8
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
-  %324 = load <4 x float>, ptr %gep.14.i, align 4, !tbaa !8
-  %325 = getelementptr inbounds nuw i8, ptr %255, i64 7168
-  %326 = load <4 x float>, ptr %325, align 4, !tbaa !8
-  %327 = fmul <4 x float> %149, %326
-  %328 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %148, <4 x float> %324, <4 x float> %327)
-  store <4 x float> %328, ptr %325, align 4, !tbaa !8
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
-  %329 = load <4 x float>, ptr %gep.15.i, align 4, !tbaa !8
-  %330 = getelementptr inbounds nuw i8, ptr %255, i64 7680
-  %331 = load <4 x float>, ptr %330, align 4, !tbaa !8
-  %332 = fmul <4 x float> %151, %331
-  %333 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %150, <4 x float> %329, <4 x float> %332)
-  store <4 x float> %333, ptr %330, align 4, !tbaa !8
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 2
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep76.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  br label %for_body_r_0.i
+
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <16 x float> %old_sum.i, %95
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+
+for_body_r_0.i:                                   ; preds = %if_end18.i, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i, %if_end18.i ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep77.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <4 x float>, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+for_end_r_0.i:                                    ; preds = %if_end18.i
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 32
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !32
+
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <4 x float> zeroinitializer, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <4 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 4, !tbaa !33
+  %132 = insertelement <4 x float> poison, float %131, i64 0
+  %133 = shufflevector <4 x float> %132, <4 x float> poison, <4 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <4 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep79.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 4, !tbaa !34
+  %137 = insertelement <4 x float> poison, float %136, i64 0
+  %138 = shufflevector <4 x float> %137, <4 x float> poison, <4 x i32> zeroinitializer
+  %139 = fmul <4 x float> %129, %138
+  %140 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %133, <4 x float> %134, <4 x float> %139)
+  store <4 x float> %140, ptr %gep79.i, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_body_r_0.i, !prof !32
 
-for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
-  %334 = add nuw nsw i32 %step46.i, 1
-  %exitcond66.not.i = icmp eq i32 %334, %num_partials
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_end_d_021.i ]
+  %141 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %142 = load float, ptr %141, align 4, !tbaa !35
+  %143 = insertelement <4 x float> poison, float %142, i64 0
+  %144 = shufflevector <4 x float> %143, <4 x float> poison, <4 x i32> zeroinitializer
+  %145 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr float, ptr %123, i64 %145
+  %.idx74.i = shl nuw nsw i64 %indvars.iv65.i, 9
+  %invariant.gep80.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx74.i
+  br label %for_body_d_020.i
 
-for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_019.preheader.i ]
-  %335 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv71.i
-  %336 = load float, ptr %335, align 4, !tbaa !19
-  %337 = insertelement <4 x float> poison, float %336, i64 0
-  %338 = shufflevector <4 x float> %337, <4 x float> poison, <4 x i32> zeroinitializer
-  %339 = mul nsw i64 %indvars.iv71.i, %out_head
-  %invariant.gep49.i = getelementptr float, ptr %252, i64 %339
-  %.idx = shl nuw nsw i64 %indvars.iv71.i, 9
-  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %341 = load <4 x float>, ptr %340, align 4, !tbaa !8
-  %342 = fmul <4 x float> %341, %338
-  store <4 x float> %342, ptr %invariant.gep49.i, align 4, !tbaa !8
-  %343 = getelementptr inbounds nuw i8, ptr %340, i64 16
-  %344 = load <4 x float>, ptr %343, align 4, !tbaa !8
-  %345 = fmul <4 x float> %338, %344
-  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 16
-  store <4 x float> %345, ptr %gep50.1.i, align 4, !tbaa !8
-  %346 = getelementptr inbounds nuw i8, ptr %340, i64 32
-  %347 = load <4 x float>, ptr %346, align 4, !tbaa !8
-  %348 = fmul <4 x float> %338, %347
-  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <4 x float> %348, ptr %gep50.2.i, align 4, !tbaa !8
-  %349 = getelementptr inbounds nuw i8, ptr %340, i64 48
-  %350 = load <4 x float>, ptr %349, align 4, !tbaa !8
-  %351 = fmul <4 x float> %338, %350
-  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 48
-  store <4 x float> %351, ptr %gep50.3.i, align 4, !tbaa !8
-  %352 = getelementptr inbounds nuw i8, ptr %340, i64 64
-  %353 = load <4 x float>, ptr %352, align 4, !tbaa !8
-  %354 = fmul <4 x float> %338, %353
-  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <4 x float> %354, ptr %gep50.4.i, align 4, !tbaa !8
-  %355 = getelementptr inbounds nuw i8, ptr %340, i64 80
-  %356 = load <4 x float>, ptr %355, align 4, !tbaa !8
-  %357 = fmul <4 x float> %338, %356
-  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 80
-  store <4 x float> %357, ptr %gep50.5.i, align 4, !tbaa !8
-  %358 = getelementptr inbounds nuw i8, ptr %340, i64 96
-  %359 = load <4 x float>, ptr %358, align 4, !tbaa !8
-  %360 = fmul <4 x float> %338, %359
-  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <4 x float> %360, ptr %gep50.6.i, align 4, !tbaa !8
-  %361 = getelementptr inbounds nuw i8, ptr %340, i64 112
-  %362 = load <4 x float>, ptr %361, align 4, !tbaa !8
-  %363 = fmul <4 x float> %338, %362
-  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 112
-  store <4 x float> %363, ptr %gep50.7.i, align 4, !tbaa !8
-  %364 = getelementptr inbounds nuw i8, ptr %340, i64 128
-  %365 = load <4 x float>, ptr %364, align 4, !tbaa !8
-  %366 = fmul <4 x float> %338, %365
-  %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <4 x float> %366, ptr %gep50.8.i, align 4, !tbaa !8
-  %367 = getelementptr inbounds nuw i8, ptr %340, i64 144
-  %368 = load <4 x float>, ptr %367, align 4, !tbaa !8
-  %369 = fmul <4 x float> %338, %368
-  %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 144
-  store <4 x float> %369, ptr %gep50.9.i, align 4, !tbaa !8
-  %370 = getelementptr inbounds nuw i8, ptr %340, i64 160
-  %371 = load <4 x float>, ptr %370, align 4, !tbaa !8
-  %372 = fmul <4 x float> %338, %371
-  %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <4 x float> %372, ptr %gep50.10.i, align 4, !tbaa !8
-  %373 = getelementptr inbounds nuw i8, ptr %340, i64 176
-  %374 = load <4 x float>, ptr %373, align 4, !tbaa !8
-  %375 = fmul <4 x float> %338, %374
-  %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 176
-  store <4 x float> %375, ptr %gep50.11.i, align 4, !tbaa !8
-  %376 = getelementptr inbounds nuw i8, ptr %340, i64 192
-  %377 = load <4 x float>, ptr %376, align 4, !tbaa !8
-  %378 = fmul <4 x float> %338, %377
-  %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <4 x float> %378, ptr %gep50.12.i, align 4, !tbaa !8
-  %379 = getelementptr inbounds nuw i8, ptr %340, i64 208
-  %380 = load <4 x float>, ptr %379, align 4, !tbaa !8
-  %381 = fmul <4 x float> %338, %380
-  %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 208
-  store <4 x float> %381, ptr %gep50.13.i, align 4, !tbaa !8
-  %382 = getelementptr inbounds nuw i8, ptr %340, i64 224
-  %383 = load <4 x float>, ptr %382, align 4, !tbaa !8
-  %384 = fmul <4 x float> %338, %383
-  %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <4 x float> %384, ptr %gep50.14.i, align 4, !tbaa !8
-  %385 = getelementptr inbounds nuw i8, ptr %340, i64 240
-  %386 = load <4 x float>, ptr %385, align 4, !tbaa !8
-  %387 = fmul <4 x float> %338, %386
-  %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 240
-  store <4 x float> %387, ptr %gep50.15.i, align 4, !tbaa !8
-  %388 = getelementptr inbounds nuw i8, ptr %340, i64 256
-  %389 = load <4 x float>, ptr %388, align 4, !tbaa !8
-  %390 = fmul <4 x float> %338, %389
-  %gep50.16.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
-  store <4 x float> %390, ptr %gep50.16.i, align 4, !tbaa !8
-  %391 = getelementptr inbounds nuw i8, ptr %340, i64 272
-  %392 = load <4 x float>, ptr %391, align 4, !tbaa !8
-  %393 = fmul <4 x float> %338, %392
-  %gep50.17.i = getelementptr i8, ptr %invariant.gep49.i, i64 272
-  store <4 x float> %393, ptr %gep50.17.i, align 4, !tbaa !8
-  %394 = getelementptr inbounds nuw i8, ptr %340, i64 288
-  %395 = load <4 x float>, ptr %394, align 4, !tbaa !8
-  %396 = fmul <4 x float> %338, %395
-  %gep50.18.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
-  store <4 x float> %396, ptr %gep50.18.i, align 4, !tbaa !8
-  %397 = getelementptr inbounds nuw i8, ptr %340, i64 304
-  %398 = load <4 x float>, ptr %397, align 4, !tbaa !8
-  %399 = fmul <4 x float> %338, %398
-  %gep50.19.i = getelementptr i8, ptr %invariant.gep49.i, i64 304
-  store <4 x float> %399, ptr %gep50.19.i, align 4, !tbaa !8
-  %400 = getelementptr inbounds nuw i8, ptr %340, i64 320
-  %401 = load <4 x float>, ptr %400, align 4, !tbaa !8
-  %402 = fmul <4 x float> %338, %401
-  %gep50.20.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
-  store <4 x float> %402, ptr %gep50.20.i, align 4, !tbaa !8
-  %403 = getelementptr inbounds nuw i8, ptr %340, i64 336
-  %404 = load <4 x float>, ptr %403, align 4, !tbaa !8
-  %405 = fmul <4 x float> %338, %404
-  %gep50.21.i = getelementptr i8, ptr %invariant.gep49.i, i64 336
-  store <4 x float> %405, ptr %gep50.21.i, align 4, !tbaa !8
-  %406 = getelementptr inbounds nuw i8, ptr %340, i64 352
-  %407 = load <4 x float>, ptr %406, align 4, !tbaa !8
-  %408 = fmul <4 x float> %338, %407
-  %gep50.22.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
-  store <4 x float> %408, ptr %gep50.22.i, align 4, !tbaa !8
-  %409 = getelementptr inbounds nuw i8, ptr %340, i64 368
-  %410 = load <4 x float>, ptr %409, align 4, !tbaa !8
-  %411 = fmul <4 x float> %338, %410
-  %gep50.23.i = getelementptr i8, ptr %invariant.gep49.i, i64 368
-  store <4 x float> %411, ptr %gep50.23.i, align 4, !tbaa !8
-  %412 = getelementptr inbounds nuw i8, ptr %340, i64 384
-  %413 = load <4 x float>, ptr %412, align 4, !tbaa !8
-  %414 = fmul <4 x float> %338, %413
-  %gep50.24.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
-  store <4 x float> %414, ptr %gep50.24.i, align 4, !tbaa !8
-  %415 = getelementptr inbounds nuw i8, ptr %340, i64 400
-  %416 = load <4 x float>, ptr %415, align 4, !tbaa !8
-  %417 = fmul <4 x float> %338, %416
-  %gep50.25.i = getelementptr i8, ptr %invariant.gep49.i, i64 400
-  store <4 x float> %417, ptr %gep50.25.i, align 4, !tbaa !8
-  %418 = getelementptr inbounds nuw i8, ptr %340, i64 416
-  %419 = load <4 x float>, ptr %418, align 4, !tbaa !8
-  %420 = fmul <4 x float> %338, %419
-  %gep50.26.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
-  store <4 x float> %420, ptr %gep50.26.i, align 4, !tbaa !8
-  %421 = getelementptr inbounds nuw i8, ptr %340, i64 432
-  %422 = load <4 x float>, ptr %421, align 4, !tbaa !8
-  %423 = fmul <4 x float> %338, %422
-  %gep50.27.i = getelementptr i8, ptr %invariant.gep49.i, i64 432
-  store <4 x float> %423, ptr %gep50.27.i, align 4, !tbaa !8
-  %424 = getelementptr inbounds nuw i8, ptr %340, i64 448
-  %425 = load <4 x float>, ptr %424, align 4, !tbaa !8
-  %426 = fmul <4 x float> %338, %425
-  %gep50.28.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
-  store <4 x float> %426, ptr %gep50.28.i, align 4, !tbaa !8
-  %427 = getelementptr inbounds nuw i8, ptr %340, i64 464
-  %428 = load <4 x float>, ptr %427, align 4, !tbaa !8
-  %429 = fmul <4 x float> %338, %428
-  %gep50.29.i = getelementptr i8, ptr %invariant.gep49.i, i64 464
-  store <4 x float> %429, ptr %gep50.29.i, align 4, !tbaa !8
-  %430 = getelementptr inbounds nuw i8, ptr %340, i64 480
-  %431 = load <4 x float>, ptr %430, align 4, !tbaa !8
-  %432 = fmul <4 x float> %338, %431
-  %gep50.30.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
-  store <4 x float> %432, ptr %gep50.30.i, align 4, !tbaa !8
-  %433 = getelementptr inbounds nuw i8, ptr %340, i64 496
-  %434 = load <4 x float>, ptr %433, align 4, !tbaa !8
-  %435 = fmul <4 x float> %338, %434
-  %gep50.31.i = getelementptr i8, ptr %invariant.gep49.i, i64 496
-  store <4 x float> %435, ptr %gep50.31.i, align 4, !tbaa !8
-  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
-  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
-  br i1 %exitcond74.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
+for_begin_r24.preheader.i:                        ; preds = %for_end_d_021.i
+  %146 = add nsw i32 %num_keys, -1
+  %147 = sitofp i32 %146 to float
+  %148 = bitcast float %147 to i32
+  %149 = ashr i32 %148, 23
+  %150 = mul nsw i64 %lse_batch, %121
+  %151 = getelementptr float, ptr %lse, i64 %150
+  %152 = tail call i32 @llvm.smax.i32(i32 %149, i32 125)
+  %153 = shl nuw nsw i32 %152, 23
+  %154 = add nuw i32 %153, 16777216
+  %155 = bitcast i32 %154 to float
+  br label %for_body_r25.i
 
-for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %436 = add nsw i32 %num_keys, -1
-  %437 = sitofp i32 %436 to float
-  %438 = bitcast float %437 to i32
-  %439 = ashr i32 %438, 23
-  %440 = mul nsw i64 %lse_batch, %250
-  %441 = getelementptr float, ptr %lse, i64 %440
-  %442 = tail call i32 @llvm.smax.i32(i32 %439, i32 125)
-  %443 = shl nuw nsw i32 %442, 23
-  %444 = add nuw i32 %443, 16777216
-  %445 = bitcast i32 %444 to float
-  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %446 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %446, label %if_end30.i, label %if_else.i
+for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %for_begin_d_019.preheader.i
+  %indvars.iv61.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next62.i.3, %for_body_d_020.i ]
+  %156 = shl nuw nsw i64 %indvars.iv61.i, 2
+  %gep81.i = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %156
+  %157 = load <4 x float>, ptr %gep81.i, align 4, !tbaa !8
+  %158 = fmul <4 x float> %144, %157
+  %gep50.i = getelementptr float, ptr %invariant.gep49.i, i64 %156
+  store <4 x float> %158, ptr %gep50.i, align 4, !tbaa !8
+  %indvars.iv.next62.i = shl i64 %indvars.iv61.i, 2
+  %159 = or disjoint i64 %indvars.iv.next62.i, 4
+  %gep81.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %159
+  %160 = load <4 x float>, ptr %gep81.i.1, align 4, !tbaa !8
+  %161 = fmul <4 x float> %144, %160
+  %gep50.i.1 = getelementptr float, ptr %invariant.gep49.i, i64 %159
+  store <4 x float> %161, ptr %gep50.i.1, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = shl i64 %indvars.iv61.i, 2
+  %162 = or disjoint i64 %indvars.iv.next62.i.1, 8
+  %gep81.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %162
+  %163 = load <4 x float>, ptr %gep81.i.2, align 4, !tbaa !8
+  %164 = fmul <4 x float> %144, %163
+  %gep50.i.2 = getelementptr float, ptr %invariant.gep49.i, i64 %162
+  store <4 x float> %164, ptr %gep50.i.2, align 4, !tbaa !8
+  %indvars.iv.next62.i.2 = shl i64 %indvars.iv61.i, 2
+  %165 = or disjoint i64 %indvars.iv.next62.i.2, 12
+  %gep81.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %165
+  %166 = load <4 x float>, ptr %gep81.i.3, align 4, !tbaa !8
+  %167 = fmul <4 x float> %144, %166
+  %gep50.i.3 = getelementptr float, ptr %invariant.gep49.i, i64 %165
+  store <4 x float> %167, ptr %gep50.i.3, align 4, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 32
+  br i1 %exitcond64.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !32, !llvm.loop !36
 
-if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %447 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %445
-  %448 = tail call float @llvm.log.f32(float %447)
-  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %449 = fadd float %row_max40.sroa.0.0.vec.extract.i, %448
-  br label %if_end30.i
+for_end_d_021.i:                                  ; preds = %for_body_d_020.i
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !32
 
-if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %450 = phi float [ %449, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %450, ptr %441, align 4, !tbaa !8
-  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %451 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %451, label %if_end30.1.i, label %if_else.1.i
+for_body_r25.i:                                   ; preds = %if_end30.i, %for_begin_r24.preheader.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i, %if_end30.i ]
+  %168 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %169 = load float, ptr %168, align 4, !tbaa !38
+  %170 = fcmp oeq float %169, 0.000000e+00
+  br i1 %170, label %if_end30.i, label %if_else.i
 
-if_else.1.i:                                      ; preds = %if_end30.i
-  %452 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %445
-  %453 = tail call float @llvm.log.f32(float %452)
-  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %454 = fadd float %row_max40.sroa.0.4.vec.extract.i, %453
-  br label %if_end30.1.i
-
-if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %455 = phi float [ %454, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %456 = getelementptr i8, ptr %441, i64 4
-  store float %455, ptr %456, align 4, !tbaa !8
-  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %457 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %457, label %if_end30.2.i, label %if_else.2.i
-
-if_else.2.i:                                      ; preds = %if_end30.1.i
-  %458 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %445
-  %459 = tail call float @llvm.log.f32(float %458)
-  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %460 = fadd float %row_max40.sroa.0.8.vec.extract.i, %459
-  br label %if_end30.2.i
-
-if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %461 = phi float [ %460, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %462 = getelementptr i8, ptr %441, i64 8
-  store float %461, ptr %462, align 4, !tbaa !8
-  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %463 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %463, label %if_end30.3.i, label %if_else.3.i
-
-if_else.3.i:                                      ; preds = %if_end30.2.i
-  %464 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %445
-  %465 = tail call float @llvm.log.f32(float %464)
-  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %466 = fadd float %row_max40.sroa.0.12.vec.extract.i, %465
-  br label %if_end30.3.i
-
-if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %467 = phi float [ %466, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %468 = getelementptr i8, ptr %441, i64 12
-  store float %467, ptr %468, align 4, !tbaa !8
-  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %469 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %469, label %if_end30.4.i, label %if_else.4.i
-
-if_else.4.i:                                      ; preds = %if_end30.3.i
-  %470 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %445
-  %471 = tail call float @llvm.log.f32(float %470)
-  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %472 = fadd float %row_max40.sroa.0.16.vec.extract.i, %471
-  br label %if_end30.4.i
-
-if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %473 = phi float [ %472, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %474 = getelementptr i8, ptr %441, i64 16
-  store float %473, ptr %474, align 4, !tbaa !8
-  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %475 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %475, label %if_end30.5.i, label %if_else.5.i
-
-if_else.5.i:                                      ; preds = %if_end30.4.i
-  %476 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %445
-  %477 = tail call float @llvm.log.f32(float %476)
-  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %478 = fadd float %row_max40.sroa.0.20.vec.extract.i, %477
-  br label %if_end30.5.i
-
-if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %479 = phi float [ %478, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %480 = getelementptr i8, ptr %441, i64 20
-  store float %479, ptr %480, align 4, !tbaa !8
-  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %481 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %481, label %if_end30.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end30.5.i
-  %482 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %445
-  %483 = tail call float @llvm.log.f32(float %482)
-  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %484 = fadd float %row_max40.sroa.0.24.vec.extract.i, %483
-  br label %if_end30.6.i
-
-if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %485 = phi float [ %484, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %486 = getelementptr i8, ptr %441, i64 24
-  store float %485, ptr %486, align 4, !tbaa !8
-  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %487 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %487, label %if_end30.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end30.6.i
-  %488 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %445
-  %489 = tail call float @llvm.log.f32(float %488)
-  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %490 = fadd float %row_max40.sroa.0.28.vec.extract.i, %489
-  br label %if_end30.7.i
-
-if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %491 = phi float [ %490, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %492 = getelementptr i8, ptr %441, i64 28
-  store float %491, ptr %492, align 4, !tbaa !8
-  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %493 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %493, label %if_end30.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end30.7.i
-  %494 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %445
-  %495 = tail call float @llvm.log.f32(float %494)
-  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %496 = fadd float %row_max40.sroa.0.32.vec.extract.i, %495
-  br label %if_end30.8.i
-
-if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %497 = phi float [ %496, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %498 = getelementptr i8, ptr %441, i64 32
-  store float %497, ptr %498, align 4, !tbaa !8
-  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %499 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %499, label %if_end30.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end30.8.i
-  %500 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %445
-  %501 = tail call float @llvm.log.f32(float %500)
-  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %502 = fadd float %row_max40.sroa.0.36.vec.extract.i, %501
-  br label %if_end30.9.i
-
-if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %503 = phi float [ %502, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %504 = getelementptr i8, ptr %441, i64 36
-  store float %503, ptr %504, align 4, !tbaa !8
-  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %505 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %505, label %if_end30.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end30.9.i
-  %506 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %445
-  %507 = tail call float @llvm.log.f32(float %506)
-  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %508 = fadd float %row_max40.sroa.0.40.vec.extract.i, %507
-  br label %if_end30.10.i
-
-if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %509 = phi float [ %508, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %510 = getelementptr i8, ptr %441, i64 40
-  store float %509, ptr %510, align 4, !tbaa !8
-  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %511 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %511, label %if_end30.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end30.10.i
-  %512 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %445
-  %513 = tail call float @llvm.log.f32(float %512)
-  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %514 = fadd float %row_max40.sroa.0.44.vec.extract.i, %513
-  br label %if_end30.11.i
-
-if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %515 = phi float [ %514, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %516 = getelementptr i8, ptr %441, i64 44
-  store float %515, ptr %516, align 4, !tbaa !8
-  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %517 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %517, label %if_end30.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end30.11.i
-  %518 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %445
-  %519 = tail call float @llvm.log.f32(float %518)
-  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %520 = fadd float %row_max40.sroa.0.48.vec.extract.i, %519
-  br label %if_end30.12.i
-
-if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %521 = phi float [ %520, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %522 = getelementptr i8, ptr %441, i64 48
-  store float %521, ptr %522, align 4, !tbaa !8
-  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %523 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %523, label %if_end30.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end30.12.i
-  %524 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %445
-  %525 = tail call float @llvm.log.f32(float %524)
-  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %526 = fadd float %row_max40.sroa.0.52.vec.extract.i, %525
-  br label %if_end30.13.i
-
-if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %527 = phi float [ %526, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %528 = getelementptr i8, ptr %441, i64 52
-  store float %527, ptr %528, align 4, !tbaa !8
-  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %529 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %529, label %if_end30.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end30.13.i
-  %530 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %445
-  %531 = tail call float @llvm.log.f32(float %530)
-  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %532 = fadd float %row_max40.sroa.0.56.vec.extract.i, %531
-  br label %if_end30.14.i
-
-if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %533 = phi float [ %532, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %534 = getelementptr i8, ptr %441, i64 56
-  store float %533, ptr %534, align 4, !tbaa !8
-  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %535 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %535, label %if_end30.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end30.14.i
-  %536 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %445
-  %537 = tail call float @llvm.log.f32(float %536)
-  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %538 = fadd float %row_max40.sroa.0.60.vec.extract.i, %537
-  br label %if_end30.15.i
-
-if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %539 = phi float [ %538, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %540 = getelementptr i8, ptr %441, i64 60
-  store float %539, ptr %540, align 4, !tbaa !8
-  %541 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %542 = tail call i32 %541(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %542, 0
+for_end_r26.i:                                    ; preds = %if_end30.i
+  %171 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %172 = tail call i32 %171(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %172, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+if_else.i:                                        ; preds = %for_body_r25.i
+  %173 = fmul float %169, %155
+  %174 = tail call float @llvm.log.f32(float %173)
+  %175 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %176 = load float, ptr %175, align 4, !tbaa !40
+  %177 = fadd float %174, %176
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %178 = phi float [ %177, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %179 = getelementptr float, ptr %151, i64 %indvars.iv69.i
+  store float %178, ptr %179, align 4, !tbaa !8
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 16
+  br i1 %exitcond72.not.i, label %for_end_r26.i, label %for_body_r25.i, !prof !32
+
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6151,7 +5572,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22aarch64-linux-gnu\22,\22mcpu\22:\22neoverse-v2\22,\22mattr\22:[\22-sve\22,\22-sme\22]}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22aarch64-linux-gnu\22,\22mcpu\22:\22neoverse-v2\22,\22mattr\22:[\22-sve\22,\22-sme\22],\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -6161,13 +5582,35 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!"branch_weights", i32 1, i32 1048575}
-!11 = !{!12, !12, i64 0}
-!12 = !{!"buffer0.w64.b0", !13, i64 0}
-!13 = !{!"buffer0.w128.b0", !14, i64 0}
-!14 = !{!"buffer0.w256.b0", !15, i64 0}
-!15 = !{!"buffer0.w512.b0", !16, i64 0}
-!16 = !{!"buffer0.w1024.b0", !17, i64 0}
-!17 = !{!"buffer0", !5, i64 0}
-!18 = !{!"branch_weights", i32 127, i32 134217601}
-!19 = !{!17, !17, i64 0}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer0.w64.b0", !12, i64 0}
+!12 = !{!"buffer0.w128.b0", !13, i64 0}
+!13 = !{!"buffer0.w256.b0", !14, i64 0}
+!14 = !{!"buffer0.w512.b0", !15, i64 0}
+!15 = !{!"buffer0.w1024.b0", !16, i64 0}
+!16 = !{!"buffer0", !5, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer1.w64.b0", !19, i64 0}
+!19 = !{!"buffer1.w128.b0", !20, i64 0}
+!20 = !{!"buffer1.w256.b0", !21, i64 0}
+!21 = !{!"buffer1.w512.b0", !22, i64 0}
+!22 = !{!"buffer1.w1024.b0", !23, i64 0}
+!23 = !{!"buffer1", !5, i64 0}
+!24 = !{!25, !25, i64 0}
+!25 = !{!"buffer2.w64.b0", !26, i64 0}
+!26 = !{!"buffer2.w128.b0", !27, i64 0}
+!27 = !{!"buffer2.w256.b0", !28, i64 0}
+!28 = !{!"buffer2.w512.b0", !29, i64 0}
+!29 = !{!"buffer2.w1024.b0", !30, i64 0}
+!30 = !{!"buffer2", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!"branch_weights", i32 1, i32 1048575}
+!33 = !{!23, !23, i64 0}
+!34 = !{!16, !16, i64 0}
+!35 = !{!30, !30, i64 0}
+!36 = distinct !{!36, !37}
+!37 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!38 = !{!39, !39, i64 0}
+!39 = !{!"buffer3", !5, i64 0}
+!40 = !{!41, !41, i64 0}
+!41 = !{!"buffer4", !5, i64 0}

@@ -10751,9 +10751,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %514, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <32 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <32 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <32 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -10824,1482 +10824,311 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %115 = fcmp one <32 x float> %70, zeroinitializer
   %116 = select <32 x i1> %115, <32 x float> %114, <32 x float> zeroinitializer
   store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !16
-  %117 = fmul <32 x float> %old_sum.i, %95
-  %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
-
-for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
-  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.1, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
-  %120 = shl nuw nsw i64 %indvars.iv61.i, 7
-  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
-  %123 = load float, ptr %122, align 8, !tbaa !22
-  %124 = insertelement <16 x float> poison, float %123, i64 0
-  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i = getelementptr float, ptr %119, i64 %120
-  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
-  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
-  %128 = load float, ptr %127, align 8, !tbaa !23
-  %.scalar = fmul float %128, 0.000000e+00
-  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
-  store <16 x float> %131, ptr %121, align 4, !tbaa !8
-  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
-  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 7
-  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
-  %135 = load float, ptr %134, align 4, !tbaa !22
-  %136 = insertelement <16 x float> poison, float %135, i64 0
-  %137 = shufflevector <16 x float> %136, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.1 = getelementptr float, ptr %119, i64 %132
-  %138 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
-  %139 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
-  %140 = load float, ptr %139, align 4, !tbaa !23
-  %.scalar.1 = fmul float %140, 0.000000e+00
-  %141 = insertelement <16 x float> poison, float %.scalar.1, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %137, <16 x float> %138, <16 x float> %142)
-  store <16 x float> %143, ptr %133, align 4, !tbaa !8
-  %indvars.iv.next62.i.1 = add nuw nsw i64 %indvars.iv61.i, 2
-  %exitcond64.not.i.1 = icmp eq i64 %indvars.iv.next62.i.1, 32
-  br i1 %exitcond64.not.i.1, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
-
-for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
-  %invariant.gep.us.1.i = getelementptr i8, ptr %119, i64 64
-  br label %for_body_r_0.us.us.1.i
-
-for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
-  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
-  %144 = shl nuw nsw i64 %indvars.iv61.1.i, 7
-  %145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %144
-  %146 = getelementptr inbounds nuw i8, ptr %145, i64 64
-  store <16 x float> zeroinitializer, ptr %146, align 4, !tbaa !8
-  %147 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
-  %148 = load float, ptr %147, align 16, !tbaa !22
-  %149 = insertelement <16 x float> poison, float %148, i64 0
-  %150 = shufflevector <16 x float> %149, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %144
-  %151 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %152 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
-  %153 = load float, ptr %152, align 16, !tbaa !23
-  %.scalar30 = fmul float %153, 0.000000e+00
-  %154 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %151, <16 x float> %155)
-  store <16 x float> %156, ptr %146, align 4, !tbaa !8
-  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
-  %157 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
-  %158 = getelementptr inbounds nuw float, ptr %acc.i, i64 %157
-  %159 = getelementptr inbounds nuw i8, ptr %158, i64 64
-  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !8
-  %160 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
-  %161 = load float, ptr %160, align 4, !tbaa !22
-  %162 = insertelement <16 x float> poison, float %161, i64 0
-  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %157
-  %164 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
-  %165 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
-  %166 = load float, ptr %165, align 4, !tbaa !23
-  %.scalar30.1 = fmul float %166, 0.000000e+00
-  %167 = insertelement <16 x float> poison, float %.scalar30.1, i64 0
-  %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
-  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %164, <16 x float> %168)
-  store <16 x float> %169, ptr %159, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
-  %170 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
-  %171 = getelementptr inbounds nuw float, ptr %acc.i, i64 %170
-  %172 = getelementptr inbounds nuw i8, ptr %171, i64 64
-  store <16 x float> zeroinitializer, ptr %172, align 4, !tbaa !8
-  %173 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
-  %174 = load float, ptr %173, align 8, !tbaa !22
-  %175 = insertelement <16 x float> poison, float %174, i64 0
-  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %170
-  %177 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
-  %178 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
-  %179 = load float, ptr %178, align 8, !tbaa !23
-  %.scalar30.2 = fmul float %179, 0.000000e+00
-  %180 = insertelement <16 x float> poison, float %.scalar30.2, i64 0
-  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> zeroinitializer
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %177, <16 x float> %181)
-  store <16 x float> %182, ptr %172, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
-  %183 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
-  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %183
-  %185 = getelementptr inbounds nuw i8, ptr %184, i64 64
-  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !8
-  %186 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
-  %187 = load float, ptr %186, align 4, !tbaa !22
-  %188 = insertelement <16 x float> poison, float %187, i64 0
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %183
-  %190 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
-  %191 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
-  %192 = load float, ptr %191, align 4, !tbaa !23
-  %.scalar30.3 = fmul float %192, 0.000000e+00
-  %193 = insertelement <16 x float> poison, float %.scalar30.3, i64 0
-  %194 = shufflevector <16 x float> %193, <16 x float> poison, <16 x i32> zeroinitializer
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %190, <16 x float> %194)
-  store <16 x float> %195, ptr %185, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
-  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
-  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
-
-for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
-  %invariant.gep.us.2.i = getelementptr i8, ptr %119, i64 128
-  br label %for_body_r_0.us.us.2.i
-
-for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
-  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
-  %196 = shl nuw nsw i64 %indvars.iv61.2.i, 7
-  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
-  %198 = getelementptr inbounds nuw i8, ptr %197, i64 128
-  store <16 x float> zeroinitializer, ptr %198, align 4, !tbaa !8
-  %199 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
-  %200 = load float, ptr %199, align 16, !tbaa !22
-  %201 = insertelement <16 x float> poison, float %200, i64 0
-  %202 = shufflevector <16 x float> %201, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %196
-  %203 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %204 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
-  %205 = load float, ptr %204, align 16, !tbaa !23
-  %.scalar31 = fmul float %205, 0.000000e+00
-  %206 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %207 = shufflevector <16 x float> %206, <16 x float> poison, <16 x i32> zeroinitializer
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %203, <16 x float> %207)
-  store <16 x float> %208, ptr %198, align 4, !tbaa !8
-  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
-  %209 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
-  %210 = getelementptr inbounds nuw float, ptr %acc.i, i64 %209
-  %211 = getelementptr inbounds nuw i8, ptr %210, i64 128
-  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %212 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
-  %213 = load float, ptr %212, align 4, !tbaa !22
-  %214 = insertelement <16 x float> poison, float %213, i64 0
-  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %209
-  %216 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
-  %218 = load float, ptr %217, align 4, !tbaa !23
-  %.scalar31.1 = fmul float %218, 0.000000e+00
-  %219 = insertelement <16 x float> poison, float %.scalar31.1, i64 0
-  %220 = shufflevector <16 x float> %219, <16 x float> poison, <16 x i32> zeroinitializer
-  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %216, <16 x float> %220)
-  store <16 x float> %221, ptr %211, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
-  %222 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
-  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
-  %224 = getelementptr inbounds nuw i8, ptr %223, i64 128
-  store <16 x float> zeroinitializer, ptr %224, align 4, !tbaa !8
-  %225 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
-  %226 = load float, ptr %225, align 8, !tbaa !22
-  %227 = insertelement <16 x float> poison, float %226, i64 0
-  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %222
-  %229 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
-  %230 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
-  %231 = load float, ptr %230, align 8, !tbaa !23
-  %.scalar31.2 = fmul float %231, 0.000000e+00
-  %232 = insertelement <16 x float> poison, float %.scalar31.2, i64 0
-  %233 = shufflevector <16 x float> %232, <16 x float> poison, <16 x i32> zeroinitializer
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %229, <16 x float> %233)
-  store <16 x float> %234, ptr %224, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
-  %235 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
-  %236 = getelementptr inbounds nuw float, ptr %acc.i, i64 %235
-  %237 = getelementptr inbounds nuw i8, ptr %236, i64 128
-  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
-  %239 = load float, ptr %238, align 4, !tbaa !22
-  %240 = insertelement <16 x float> poison, float %239, i64 0
-  %241 = shufflevector <16 x float> %240, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %235
-  %242 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
-  %243 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
-  %244 = load float, ptr %243, align 4, !tbaa !23
-  %.scalar31.3 = fmul float %244, 0.000000e+00
-  %245 = insertelement <16 x float> poison, float %.scalar31.3, i64 0
-  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
-  %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %241, <16 x float> %242, <16 x float> %246)
-  store <16 x float> %247, ptr %237, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
-  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
-  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !29
-
-for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
-  %invariant.gep.us.3.i = getelementptr i8, ptr %119, i64 192
-  br label %for_body_r_0.us.us.3.i
-
-for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
-  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
-  %248 = shl nuw nsw i64 %indvars.iv61.3.i, 7
-  %249 = getelementptr inbounds nuw float, ptr %acc.i, i64 %248
-  %250 = getelementptr inbounds nuw i8, ptr %249, i64 192
-  store <16 x float> zeroinitializer, ptr %250, align 4, !tbaa !8
-  %251 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
-  %252 = load float, ptr %251, align 16, !tbaa !22
-  %253 = insertelement <16 x float> poison, float %252, i64 0
-  %254 = shufflevector <16 x float> %253, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %248
-  %255 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %256 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
-  %257 = load float, ptr %256, align 16, !tbaa !23
-  %.scalar32 = fmul float %257, 0.000000e+00
-  %258 = insertelement <16 x float> poison, float %.scalar32, i64 0
-  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
-  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %254, <16 x float> %255, <16 x float> %259)
-  store <16 x float> %260, ptr %250, align 4, !tbaa !8
-  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
-  %261 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
-  %262 = getelementptr inbounds nuw float, ptr %acc.i, i64 %261
-  %263 = getelementptr inbounds nuw i8, ptr %262, i64 192
-  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !8
-  %264 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
-  %265 = load float, ptr %264, align 4, !tbaa !22
-  %266 = insertelement <16 x float> poison, float %265, i64 0
-  %267 = shufflevector <16 x float> %266, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %261
-  %268 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
-  %269 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
-  %270 = load float, ptr %269, align 4, !tbaa !23
-  %.scalar32.1 = fmul float %270, 0.000000e+00
-  %271 = insertelement <16 x float> poison, float %.scalar32.1, i64 0
-  %272 = shufflevector <16 x float> %271, <16 x float> poison, <16 x i32> zeroinitializer
-  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %267, <16 x float> %268, <16 x float> %272)
-  store <16 x float> %273, ptr %263, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
-  %274 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
-  %275 = getelementptr inbounds nuw float, ptr %acc.i, i64 %274
-  %276 = getelementptr inbounds nuw i8, ptr %275, i64 192
-  store <16 x float> zeroinitializer, ptr %276, align 4, !tbaa !8
-  %277 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
-  %278 = load float, ptr %277, align 8, !tbaa !22
-  %279 = insertelement <16 x float> poison, float %278, i64 0
-  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %274
-  %281 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
-  %282 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
-  %283 = load float, ptr %282, align 8, !tbaa !23
-  %.scalar32.2 = fmul float %283, 0.000000e+00
-  %284 = insertelement <16 x float> poison, float %.scalar32.2, i64 0
-  %285 = shufflevector <16 x float> %284, <16 x float> poison, <16 x i32> zeroinitializer
-  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %281, <16 x float> %285)
-  store <16 x float> %286, ptr %276, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
-  %287 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
-  %288 = getelementptr inbounds nuw float, ptr %acc.i, i64 %287
-  %289 = getelementptr inbounds nuw i8, ptr %288, i64 192
-  store <16 x float> zeroinitializer, ptr %289, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
-  %291 = load float, ptr %290, align 4, !tbaa !22
-  %292 = insertelement <16 x float> poison, float %291, i64 0
-  %293 = shufflevector <16 x float> %292, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %287
-  %294 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
-  %296 = load float, ptr %295, align 4, !tbaa !23
-  %.scalar32.3 = fmul float %296, 0.000000e+00
-  %297 = insertelement <16 x float> poison, float %.scalar32.3, i64 0
-  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
-  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %294, <16 x float> %298)
-  store <16 x float> %299, ptr %289, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
-  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
-  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !30
-
-for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
-  %invariant.gep.us.4.i = getelementptr i8, ptr %119, i64 256
-  br label %for_body_r_0.us.us.4.i
-
-for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
-  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
-  %300 = shl nuw nsw i64 %indvars.iv61.4.i, 7
-  %301 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
-  %302 = getelementptr inbounds nuw i8, ptr %301, i64 256
-  store <16 x float> zeroinitializer, ptr %302, align 4, !tbaa !8
-  %303 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
-  %304 = load float, ptr %303, align 16, !tbaa !22
-  %305 = insertelement <16 x float> poison, float %304, i64 0
-  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %300
-  %307 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %308 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
-  %309 = load float, ptr %308, align 16, !tbaa !23
-  %.scalar33 = fmul float %309, 0.000000e+00
-  %310 = insertelement <16 x float> poison, float %.scalar33, i64 0
-  %311 = shufflevector <16 x float> %310, <16 x float> poison, <16 x i32> zeroinitializer
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %307, <16 x float> %311)
-  store <16 x float> %312, ptr %302, align 4, !tbaa !8
-  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
-  %313 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
-  %314 = getelementptr inbounds nuw float, ptr %acc.i, i64 %313
-  %315 = getelementptr inbounds nuw i8, ptr %314, i64 256
-  store <16 x float> zeroinitializer, ptr %315, align 4, !tbaa !8
-  %316 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
-  %317 = load float, ptr %316, align 4, !tbaa !22
-  %318 = insertelement <16 x float> poison, float %317, i64 0
-  %319 = shufflevector <16 x float> %318, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %313
-  %320 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
-  %321 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
-  %322 = load float, ptr %321, align 4, !tbaa !23
-  %.scalar33.1 = fmul float %322, 0.000000e+00
-  %323 = insertelement <16 x float> poison, float %.scalar33.1, i64 0
-  %324 = shufflevector <16 x float> %323, <16 x float> poison, <16 x i32> zeroinitializer
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %320, <16 x float> %324)
-  store <16 x float> %325, ptr %315, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
-  %326 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
-  %327 = getelementptr inbounds nuw float, ptr %acc.i, i64 %326
-  %328 = getelementptr inbounds nuw i8, ptr %327, i64 256
-  store <16 x float> zeroinitializer, ptr %328, align 4, !tbaa !8
-  %329 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
-  %330 = load float, ptr %329, align 8, !tbaa !22
-  %331 = insertelement <16 x float> poison, float %330, i64 0
-  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %326
-  %333 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
-  %334 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
-  %335 = load float, ptr %334, align 8, !tbaa !23
-  %.scalar33.2 = fmul float %335, 0.000000e+00
-  %336 = insertelement <16 x float> poison, float %.scalar33.2, i64 0
-  %337 = shufflevector <16 x float> %336, <16 x float> poison, <16 x i32> zeroinitializer
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %333, <16 x float> %337)
-  store <16 x float> %338, ptr %328, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
-  %339 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
-  %340 = getelementptr inbounds nuw float, ptr %acc.i, i64 %339
-  %341 = getelementptr inbounds nuw i8, ptr %340, i64 256
-  store <16 x float> zeroinitializer, ptr %341, align 4, !tbaa !8
-  %342 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
-  %343 = load float, ptr %342, align 4, !tbaa !22
-  %344 = insertelement <16 x float> poison, float %343, i64 0
-  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %339
-  %346 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
-  %347 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
-  %348 = load float, ptr %347, align 4, !tbaa !23
-  %.scalar33.3 = fmul float %348, 0.000000e+00
-  %349 = insertelement <16 x float> poison, float %.scalar33.3, i64 0
-  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %346, <16 x float> %350)
-  store <16 x float> %351, ptr %341, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
-  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
-  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !31
-
-for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
-  %invariant.gep.us.5.i = getelementptr i8, ptr %119, i64 320
-  br label %for_body_r_0.us.us.5.i
-
-for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
-  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
-  %352 = shl nuw nsw i64 %indvars.iv61.5.i, 7
-  %353 = getelementptr inbounds nuw float, ptr %acc.i, i64 %352
-  %354 = getelementptr inbounds nuw i8, ptr %353, i64 320
-  store <16 x float> zeroinitializer, ptr %354, align 4, !tbaa !8
-  %355 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
-  %356 = load float, ptr %355, align 16, !tbaa !22
-  %357 = insertelement <16 x float> poison, float %356, i64 0
-  %358 = shufflevector <16 x float> %357, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %352
-  %359 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %360 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
-  %361 = load float, ptr %360, align 16, !tbaa !23
-  %.scalar34 = fmul float %361, 0.000000e+00
-  %362 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %363 = shufflevector <16 x float> %362, <16 x float> poison, <16 x i32> zeroinitializer
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %358, <16 x float> %359, <16 x float> %363)
-  store <16 x float> %364, ptr %354, align 4, !tbaa !8
-  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
-  %365 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
-  %366 = getelementptr inbounds nuw float, ptr %acc.i, i64 %365
-  %367 = getelementptr inbounds nuw i8, ptr %366, i64 320
-  store <16 x float> zeroinitializer, ptr %367, align 4, !tbaa !8
-  %368 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
-  %369 = load float, ptr %368, align 4, !tbaa !22
-  %370 = insertelement <16 x float> poison, float %369, i64 0
-  %371 = shufflevector <16 x float> %370, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %365
-  %372 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
-  %373 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
-  %374 = load float, ptr %373, align 4, !tbaa !23
-  %.scalar34.1 = fmul float %374, 0.000000e+00
-  %375 = insertelement <16 x float> poison, float %.scalar34.1, i64 0
-  %376 = shufflevector <16 x float> %375, <16 x float> poison, <16 x i32> zeroinitializer
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %372, <16 x float> %376)
-  store <16 x float> %377, ptr %367, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
-  %378 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
-  %379 = getelementptr inbounds nuw float, ptr %acc.i, i64 %378
-  %380 = getelementptr inbounds nuw i8, ptr %379, i64 320
-  store <16 x float> zeroinitializer, ptr %380, align 4, !tbaa !8
-  %381 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
-  %382 = load float, ptr %381, align 8, !tbaa !22
-  %383 = insertelement <16 x float> poison, float %382, i64 0
-  %384 = shufflevector <16 x float> %383, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %378
-  %385 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
-  %386 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
-  %387 = load float, ptr %386, align 8, !tbaa !23
-  %.scalar34.2 = fmul float %387, 0.000000e+00
-  %388 = insertelement <16 x float> poison, float %.scalar34.2, i64 0
-  %389 = shufflevector <16 x float> %388, <16 x float> poison, <16 x i32> zeroinitializer
-  %390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %385, <16 x float> %389)
-  store <16 x float> %390, ptr %380, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
-  %391 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
-  %392 = getelementptr inbounds nuw float, ptr %acc.i, i64 %391
-  %393 = getelementptr inbounds nuw i8, ptr %392, i64 320
-  store <16 x float> zeroinitializer, ptr %393, align 4, !tbaa !8
-  %394 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
-  %395 = load float, ptr %394, align 4, !tbaa !22
-  %396 = insertelement <16 x float> poison, float %395, i64 0
-  %397 = shufflevector <16 x float> %396, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %391
-  %398 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
-  %399 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
-  %400 = load float, ptr %399, align 4, !tbaa !23
-  %.scalar34.3 = fmul float %400, 0.000000e+00
-  %401 = insertelement <16 x float> poison, float %.scalar34.3, i64 0
-  %402 = shufflevector <16 x float> %401, <16 x float> poison, <16 x i32> zeroinitializer
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %398, <16 x float> %402)
-  store <16 x float> %403, ptr %393, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
-  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
-  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !32
-
-for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
-  %invariant.gep.us.6.i = getelementptr i8, ptr %119, i64 384
-  br label %for_body_r_0.us.us.6.i
-
-for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
-  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
-  %404 = shl nuw nsw i64 %indvars.iv61.6.i, 7
-  %405 = getelementptr inbounds nuw float, ptr %acc.i, i64 %404
-  %406 = getelementptr inbounds nuw i8, ptr %405, i64 384
-  store <16 x float> zeroinitializer, ptr %406, align 4, !tbaa !8
-  %407 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
-  %408 = load float, ptr %407, align 16, !tbaa !22
-  %409 = insertelement <16 x float> poison, float %408, i64 0
-  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %404
-  %411 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %412 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
-  %413 = load float, ptr %412, align 16, !tbaa !23
-  %.scalar35 = fmul float %413, 0.000000e+00
-  %414 = insertelement <16 x float> poison, float %.scalar35, i64 0
-  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %411, <16 x float> %415)
-  store <16 x float> %416, ptr %406, align 4, !tbaa !8
-  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
-  %417 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
-  %418 = getelementptr inbounds nuw float, ptr %acc.i, i64 %417
-  %419 = getelementptr inbounds nuw i8, ptr %418, i64 384
-  store <16 x float> zeroinitializer, ptr %419, align 4, !tbaa !8
-  %420 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
-  %421 = load float, ptr %420, align 4, !tbaa !22
-  %422 = insertelement <16 x float> poison, float %421, i64 0
-  %423 = shufflevector <16 x float> %422, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %417
-  %424 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
-  %425 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
-  %426 = load float, ptr %425, align 4, !tbaa !23
-  %.scalar35.1 = fmul float %426, 0.000000e+00
-  %427 = insertelement <16 x float> poison, float %.scalar35.1, i64 0
-  %428 = shufflevector <16 x float> %427, <16 x float> poison, <16 x i32> zeroinitializer
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %424, <16 x float> %428)
-  store <16 x float> %429, ptr %419, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
-  %430 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
-  %431 = getelementptr inbounds nuw float, ptr %acc.i, i64 %430
-  %432 = getelementptr inbounds nuw i8, ptr %431, i64 384
-  store <16 x float> zeroinitializer, ptr %432, align 4, !tbaa !8
-  %433 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
-  %434 = load float, ptr %433, align 8, !tbaa !22
-  %435 = insertelement <16 x float> poison, float %434, i64 0
-  %436 = shufflevector <16 x float> %435, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %430
-  %437 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
-  %438 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
-  %439 = load float, ptr %438, align 8, !tbaa !23
-  %.scalar35.2 = fmul float %439, 0.000000e+00
-  %440 = insertelement <16 x float> poison, float %.scalar35.2, i64 0
-  %441 = shufflevector <16 x float> %440, <16 x float> poison, <16 x i32> zeroinitializer
-  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %436, <16 x float> %437, <16 x float> %441)
-  store <16 x float> %442, ptr %432, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
-  %443 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
-  %444 = getelementptr inbounds nuw float, ptr %acc.i, i64 %443
-  %445 = getelementptr inbounds nuw i8, ptr %444, i64 384
-  store <16 x float> zeroinitializer, ptr %445, align 4, !tbaa !8
-  %446 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
-  %447 = load float, ptr %446, align 4, !tbaa !22
-  %448 = insertelement <16 x float> poison, float %447, i64 0
-  %449 = shufflevector <16 x float> %448, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %443
-  %450 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
-  %451 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
-  %452 = load float, ptr %451, align 4, !tbaa !23
-  %.scalar35.3 = fmul float %452, 0.000000e+00
-  %453 = insertelement <16 x float> poison, float %.scalar35.3, i64 0
-  %454 = shufflevector <16 x float> %453, <16 x float> poison, <16 x i32> zeroinitializer
-  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %450, <16 x float> %454)
-  store <16 x float> %455, ptr %445, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
-  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
-  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !33
-
-for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
-  %invariant.gep.us.7.i = getelementptr i8, ptr %119, i64 448
-  br label %for_body_r_0.us.us.7.i
-
-for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
-  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
-  %456 = shl nuw nsw i64 %indvars.iv61.7.i, 7
-  %457 = getelementptr inbounds nuw float, ptr %acc.i, i64 %456
-  %458 = getelementptr inbounds nuw i8, ptr %457, i64 448
-  store <16 x float> zeroinitializer, ptr %458, align 4, !tbaa !8
-  %459 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
-  %460 = load float, ptr %459, align 16, !tbaa !22
-  %461 = insertelement <16 x float> poison, float %460, i64 0
-  %462 = shufflevector <16 x float> %461, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %456
-  %463 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %464 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
-  %465 = load float, ptr %464, align 16, !tbaa !23
-  %.scalar36 = fmul float %465, 0.000000e+00
-  %466 = insertelement <16 x float> poison, float %.scalar36, i64 0
-  %467 = shufflevector <16 x float> %466, <16 x float> poison, <16 x i32> zeroinitializer
-  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %462, <16 x float> %463, <16 x float> %467)
-  store <16 x float> %468, ptr %458, align 4, !tbaa !8
-  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
-  %469 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
-  %470 = getelementptr inbounds nuw float, ptr %acc.i, i64 %469
-  %471 = getelementptr inbounds nuw i8, ptr %470, i64 448
-  store <16 x float> zeroinitializer, ptr %471, align 4, !tbaa !8
-  %472 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
-  %473 = load float, ptr %472, align 4, !tbaa !22
-  %474 = insertelement <16 x float> poison, float %473, i64 0
-  %475 = shufflevector <16 x float> %474, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %469
-  %476 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
-  %477 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
-  %478 = load float, ptr %477, align 4, !tbaa !23
-  %.scalar36.1 = fmul float %478, 0.000000e+00
-  %479 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
-  %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %476, <16 x float> %480)
-  store <16 x float> %481, ptr %471, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
-  %482 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
-  %483 = getelementptr inbounds nuw float, ptr %acc.i, i64 %482
-  %484 = getelementptr inbounds nuw i8, ptr %483, i64 448
-  store <16 x float> zeroinitializer, ptr %484, align 4, !tbaa !8
-  %485 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
-  %486 = load float, ptr %485, align 8, !tbaa !22
-  %487 = insertelement <16 x float> poison, float %486, i64 0
-  %488 = shufflevector <16 x float> %487, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %482
-  %489 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
-  %490 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
-  %491 = load float, ptr %490, align 8, !tbaa !23
-  %.scalar36.2 = fmul float %491, 0.000000e+00
-  %492 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
-  %493 = shufflevector <16 x float> %492, <16 x float> poison, <16 x i32> zeroinitializer
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %488, <16 x float> %489, <16 x float> %493)
-  store <16 x float> %494, ptr %484, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
-  %495 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
-  %496 = getelementptr inbounds nuw float, ptr %acc.i, i64 %495
-  %497 = getelementptr inbounds nuw i8, ptr %496, i64 448
-  store <16 x float> zeroinitializer, ptr %497, align 4, !tbaa !8
-  %498 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
-  %499 = load float, ptr %498, align 4, !tbaa !22
-  %500 = insertelement <16 x float> poison, float %499, i64 0
-  %501 = shufflevector <16 x float> %500, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %495
-  %502 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
-  %503 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
-  %504 = load float, ptr %503, align 4, !tbaa !23
-  %.scalar36.3 = fmul float %504, 0.000000e+00
-  %505 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
-  %506 = shufflevector <16 x float> %505, <16 x float> poison, <16 x i32> zeroinitializer
-  %507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %502, <16 x float> %506)
-  store <16 x float> %507, ptr %497, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
-  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
-  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !34
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_r_0.preheader.i
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %508 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %509 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %510 = select <32 x i1> %509, <32 x float> zeroinitializer, <32 x float> %508
-  store <32 x float> %510, ptr %factor34.i, align 16, !tbaa !35
+  %118 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %120 = select <32 x i1> %119, <32 x float> zeroinitializer, <32 x float> %118
+  store <32 x float> %120, ptr %factor34.i, align 16, !tbaa !22
   %sext = shl i64 %20, 32
-  %511 = ashr exact i64 %sext, 32
-  %512 = mul nsw i64 %out_batch, %511
-  %513 = getelementptr i16, ptr %out, i64 %512
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr i16, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
-  %514 = add nuw nsw i32 %step46.i, 1
-  %exitcond69.not.i = icmp eq i32 %514, %num_partials
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !41
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 4
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep75.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  br label %for_body_r_0.i
 
-for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
-  %515 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %516 = load float, ptr %515, align 16, !tbaa !22
-  %517 = insertelement <16 x float> poison, float %516, i64 0
-  %518 = shufflevector <16 x float> %517, <16 x float> poison, <16 x i32> zeroinitializer
-  %519 = shl nuw nsw i64 %indvars.iv.i, 7
-  %gep.i = getelementptr float, ptr %119, i64 %519
-  %520 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
-  %521 = getelementptr inbounds nuw float, ptr %acc.i, i64 %519
-  %522 = load <16 x float>, ptr %521, align 4, !tbaa !8
-  %523 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %524 = load float, ptr %523, align 16, !tbaa !23
-  %525 = insertelement <16 x float> poison, float %524, i64 0
-  %526 = shufflevector <16 x float> %525, <16 x float> poison, <16 x i32> zeroinitializer
-  %527 = fmul <16 x float> %522, %526
-  %528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %518, <16 x float> %520, <16 x float> %527)
-  store <16 x float> %528, ptr %521, align 4, !tbaa !8
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <32 x float> %old_sum.i, %95
+  %126 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !28
+
+for_body_r_0.i:                                   ; preds = %if_end18.i.1, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.1, %if_end18.i.1 ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep76.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <16 x float>, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+for_end_r_0.i:                                    ; preds = %if_end18.i.1
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 8
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !29
+
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <16 x float> zeroinitializer, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 8, !tbaa !30
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep78.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 8, !tbaa !31
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = fmul <16 x float> %129, %138
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %134, <16 x float> %139)
+  store <16 x float> %140, ptr %gep78.i, align 4, !tbaa !8
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %529 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
-  %530 = load float, ptr %529, align 4, !tbaa !22
-  %531 = insertelement <16 x float> poison, float %530, i64 0
-  %532 = shufflevector <16 x float> %531, <16 x float> poison, <16 x i32> zeroinitializer
-  %533 = shl nuw nsw i64 %indvars.iv.next.i, 7
-  %gep.i.1 = getelementptr float, ptr %119, i64 %533
-  %534 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
-  %535 = getelementptr inbounds nuw float, ptr %acc.i, i64 %533
-  %536 = load <16 x float>, ptr %535, align 4, !tbaa !8
-  %537 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
-  %538 = load float, ptr %537, align 4, !tbaa !23
-  %539 = insertelement <16 x float> poison, float %538, i64 0
-  %540 = shufflevector <16 x float> %539, <16 x float> poison, <16 x i32> zeroinitializer
-  %541 = fmul <16 x float> %536, %540
-  %542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %532, <16 x float> %534, <16 x float> %541)
-  store <16 x float> %542, ptr %535, align 4, !tbaa !8
-  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
-  %543 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
-  %544 = load float, ptr %543, align 8, !tbaa !22
-  %545 = insertelement <16 x float> poison, float %544, i64 0
-  %546 = shufflevector <16 x float> %545, <16 x float> poison, <16 x i32> zeroinitializer
-  %547 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
-  %gep.i.2 = getelementptr float, ptr %119, i64 %547
-  %548 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
-  %549 = getelementptr inbounds nuw float, ptr %acc.i, i64 %547
-  %550 = load <16 x float>, ptr %549, align 4, !tbaa !8
-  %551 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
-  %552 = load float, ptr %551, align 8, !tbaa !23
-  %553 = insertelement <16 x float> poison, float %552, i64 0
-  %554 = shufflevector <16 x float> %553, <16 x float> poison, <16 x i32> zeroinitializer
-  %555 = fmul <16 x float> %550, %554
-  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %546, <16 x float> %548, <16 x float> %555)
-  store <16 x float> %556, ptr %549, align 4, !tbaa !8
-  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
-  %557 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
-  %558 = load float, ptr %557, align 4, !tbaa !22
-  %559 = insertelement <16 x float> poison, float %558, i64 0
-  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
-  %561 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
-  %gep.i.3 = getelementptr float, ptr %119, i64 %561
-  %562 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
-  %563 = getelementptr inbounds nuw float, ptr %acc.i, i64 %561
-  %564 = load <16 x float>, ptr %563, align 4, !tbaa !8
-  %565 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
-  %566 = load float, ptr %565, align 4, !tbaa !23
-  %567 = insertelement <16 x float> poison, float %566, i64 0
-  %568 = shufflevector <16 x float> %567, <16 x float> poison, <16 x i32> zeroinitializer
-  %569 = fmul <16 x float> %564, %568
-  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %562, <16 x float> %569)
-  store <16 x float> %570, ptr %563, align 4, !tbaa !8
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
-  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !42
+  %141 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep76.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  br i1 %60, label %if_then17.i.1, label %for_body_r_0.i.if_end18.i_crit_edge.1, !prof !6
 
-for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
-  %invariant.gep.1.i = getelementptr i8, ptr %119, i64 64
-  br label %for_body_r_0.1.i
+for_body_r_0.i.if_end18.i_crit_edge.1:            ; preds = %if_end18.i
+  %.pre.1 = load <16 x float>, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
 
-for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
-  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
-  %571 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
-  %572 = load float, ptr %571, align 16, !tbaa !22
-  %573 = insertelement <16 x float> poison, float %572, i64 0
-  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
-  %575 = shl nuw nsw i64 %indvars.iv.1.i, 7
-  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %575
-  %576 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %577 = getelementptr inbounds nuw float, ptr %acc.i, i64 %575
-  %578 = getelementptr inbounds nuw i8, ptr %577, i64 64
-  %579 = load <16 x float>, ptr %578, align 4, !tbaa !8
-  %580 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
-  %581 = load float, ptr %580, align 16, !tbaa !23
-  %582 = insertelement <16 x float> poison, float %581, i64 0
-  %583 = shufflevector <16 x float> %582, <16 x float> poison, <16 x i32> zeroinitializer
-  %584 = fmul <16 x float> %579, %583
-  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %576, <16 x float> %584)
-  store <16 x float> %585, ptr %578, align 4, !tbaa !8
-  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
-  %586 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
-  %587 = load float, ptr %586, align 4, !tbaa !22
-  %588 = insertelement <16 x float> poison, float %587, i64 0
-  %589 = shufflevector <16 x float> %588, <16 x float> poison, <16 x i32> zeroinitializer
-  %590 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
-  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %590
-  %591 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
-  %592 = getelementptr inbounds nuw float, ptr %acc.i, i64 %590
-  %593 = getelementptr inbounds nuw i8, ptr %592, i64 64
-  %594 = load <16 x float>, ptr %593, align 4, !tbaa !8
-  %595 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
-  %596 = load float, ptr %595, align 4, !tbaa !23
-  %597 = insertelement <16 x float> poison, float %596, i64 0
-  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
-  %599 = fmul <16 x float> %594, %598
-  %600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %589, <16 x float> %591, <16 x float> %599)
-  store <16 x float> %600, ptr %593, align 4, !tbaa !8
-  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
-  %601 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
-  %602 = load float, ptr %601, align 8, !tbaa !22
-  %603 = insertelement <16 x float> poison, float %602, i64 0
-  %604 = shufflevector <16 x float> %603, <16 x float> poison, <16 x i32> zeroinitializer
-  %605 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
-  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %605
-  %606 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
-  %607 = getelementptr inbounds nuw float, ptr %acc.i, i64 %605
-  %608 = getelementptr inbounds nuw i8, ptr %607, i64 64
-  %609 = load <16 x float>, ptr %608, align 4, !tbaa !8
-  %610 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
-  %611 = load float, ptr %610, align 8, !tbaa !23
-  %612 = insertelement <16 x float> poison, float %611, i64 0
-  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
-  %614 = fmul <16 x float> %609, %613
-  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %604, <16 x float> %606, <16 x float> %614)
-  store <16 x float> %615, ptr %608, align 4, !tbaa !8
-  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
-  %616 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
-  %617 = load float, ptr %616, align 4, !tbaa !22
-  %618 = insertelement <16 x float> poison, float %617, i64 0
-  %619 = shufflevector <16 x float> %618, <16 x float> poison, <16 x i32> zeroinitializer
-  %620 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
-  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %620
-  %621 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
-  %622 = getelementptr inbounds nuw float, ptr %acc.i, i64 %620
-  %623 = getelementptr inbounds nuw i8, ptr %622, i64 64
-  %624 = load <16 x float>, ptr %623, align 4, !tbaa !8
-  %625 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
-  %626 = load float, ptr %625, align 4, !tbaa !23
-  %627 = insertelement <16 x float> poison, float %626, i64 0
-  %628 = shufflevector <16 x float> %627, <16 x float> poison, <16 x i32> zeroinitializer
-  %629 = fmul <16 x float> %624, %628
-  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %621, <16 x float> %629)
-  store <16 x float> %630, ptr %623, align 4, !tbaa !8
-  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
-  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
-  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !43
+if_then17.i.1:                                    ; preds = %if_end18.i
+  store <16 x float> zeroinitializer, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
 
-for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
-  %invariant.gep.2.i = getelementptr i8, ptr %119, i64 128
-  br label %for_body_r_0.2.i
-
-for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
-  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
-  %631 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
-  %632 = load float, ptr %631, align 16, !tbaa !22
-  %633 = insertelement <16 x float> poison, float %632, i64 0
-  %634 = shufflevector <16 x float> %633, <16 x float> poison, <16 x i32> zeroinitializer
-  %635 = shl nuw nsw i64 %indvars.iv.2.i, 7
-  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %635
-  %636 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %637 = getelementptr inbounds nuw float, ptr %acc.i, i64 %635
-  %638 = getelementptr inbounds nuw i8, ptr %637, i64 128
-  %639 = load <16 x float>, ptr %638, align 4, !tbaa !8
-  %640 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
-  %641 = load float, ptr %640, align 16, !tbaa !23
-  %642 = insertelement <16 x float> poison, float %641, i64 0
-  %643 = shufflevector <16 x float> %642, <16 x float> poison, <16 x i32> zeroinitializer
-  %644 = fmul <16 x float> %639, %643
-  %645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %636, <16 x float> %644)
-  store <16 x float> %645, ptr %638, align 4, !tbaa !8
-  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
-  %646 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
-  %647 = load float, ptr %646, align 4, !tbaa !22
-  %648 = insertelement <16 x float> poison, float %647, i64 0
-  %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
-  %650 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
-  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %650
-  %651 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
-  %652 = getelementptr inbounds nuw float, ptr %acc.i, i64 %650
-  %653 = getelementptr inbounds nuw i8, ptr %652, i64 128
-  %654 = load <16 x float>, ptr %653, align 4, !tbaa !8
-  %655 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
-  %656 = load float, ptr %655, align 4, !tbaa !23
-  %657 = insertelement <16 x float> poison, float %656, i64 0
-  %658 = shufflevector <16 x float> %657, <16 x float> poison, <16 x i32> zeroinitializer
-  %659 = fmul <16 x float> %654, %658
-  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %649, <16 x float> %651, <16 x float> %659)
-  store <16 x float> %660, ptr %653, align 4, !tbaa !8
-  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
-  %661 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
-  %662 = load float, ptr %661, align 8, !tbaa !22
-  %663 = insertelement <16 x float> poison, float %662, i64 0
-  %664 = shufflevector <16 x float> %663, <16 x float> poison, <16 x i32> zeroinitializer
-  %665 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
-  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %665
-  %666 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
-  %667 = getelementptr inbounds nuw float, ptr %acc.i, i64 %665
-  %668 = getelementptr inbounds nuw i8, ptr %667, i64 128
-  %669 = load <16 x float>, ptr %668, align 4, !tbaa !8
-  %670 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
-  %671 = load float, ptr %670, align 8, !tbaa !23
-  %672 = insertelement <16 x float> poison, float %671, i64 0
-  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
-  %674 = fmul <16 x float> %669, %673
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %664, <16 x float> %666, <16 x float> %674)
-  store <16 x float> %675, ptr %668, align 4, !tbaa !8
-  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
-  %676 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
-  %677 = load float, ptr %676, align 4, !tbaa !22
-  %678 = insertelement <16 x float> poison, float %677, i64 0
-  %679 = shufflevector <16 x float> %678, <16 x float> poison, <16 x i32> zeroinitializer
-  %680 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
-  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %680
-  %681 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
-  %682 = getelementptr inbounds nuw float, ptr %acc.i, i64 %680
-  %683 = getelementptr inbounds nuw i8, ptr %682, i64 128
-  %684 = load <16 x float>, ptr %683, align 4, !tbaa !8
-  %685 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
-  %686 = load float, ptr %685, align 4, !tbaa !23
-  %687 = insertelement <16 x float> poison, float %686, i64 0
-  %688 = shufflevector <16 x float> %687, <16 x float> poison, <16 x i32> zeroinitializer
-  %689 = fmul <16 x float> %684, %688
-  %690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %681, <16 x float> %689)
-  store <16 x float> %690, ptr %683, align 4, !tbaa !8
-  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
-  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
-  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !44
-
-for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
-  %invariant.gep.3.i = getelementptr i8, ptr %119, i64 192
-  br label %for_body_r_0.3.i
-
-for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
-  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
-  %691 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
-  %692 = load float, ptr %691, align 16, !tbaa !22
-  %693 = insertelement <16 x float> poison, float %692, i64 0
-  %694 = shufflevector <16 x float> %693, <16 x float> poison, <16 x i32> zeroinitializer
-  %695 = shl nuw nsw i64 %indvars.iv.3.i, 7
-  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %695
-  %696 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %697 = getelementptr inbounds nuw float, ptr %acc.i, i64 %695
-  %698 = getelementptr inbounds nuw i8, ptr %697, i64 192
-  %699 = load <16 x float>, ptr %698, align 4, !tbaa !8
-  %700 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
-  %701 = load float, ptr %700, align 16, !tbaa !23
-  %702 = insertelement <16 x float> poison, float %701, i64 0
-  %703 = shufflevector <16 x float> %702, <16 x float> poison, <16 x i32> zeroinitializer
-  %704 = fmul <16 x float> %699, %703
-  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %696, <16 x float> %704)
-  store <16 x float> %705, ptr %698, align 4, !tbaa !8
-  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
-  %706 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
-  %707 = load float, ptr %706, align 4, !tbaa !22
-  %708 = insertelement <16 x float> poison, float %707, i64 0
-  %709 = shufflevector <16 x float> %708, <16 x float> poison, <16 x i32> zeroinitializer
-  %710 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
-  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %710
-  %711 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
-  %712 = getelementptr inbounds nuw float, ptr %acc.i, i64 %710
-  %713 = getelementptr inbounds nuw i8, ptr %712, i64 192
-  %714 = load <16 x float>, ptr %713, align 4, !tbaa !8
-  %715 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
-  %716 = load float, ptr %715, align 4, !tbaa !23
-  %717 = insertelement <16 x float> poison, float %716, i64 0
-  %718 = shufflevector <16 x float> %717, <16 x float> poison, <16 x i32> zeroinitializer
-  %719 = fmul <16 x float> %714, %718
-  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %711, <16 x float> %719)
-  store <16 x float> %720, ptr %713, align 4, !tbaa !8
-  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
-  %721 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
-  %722 = load float, ptr %721, align 8, !tbaa !22
-  %723 = insertelement <16 x float> poison, float %722, i64 0
-  %724 = shufflevector <16 x float> %723, <16 x float> poison, <16 x i32> zeroinitializer
-  %725 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
-  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %725
-  %726 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
-  %727 = getelementptr inbounds nuw float, ptr %acc.i, i64 %725
-  %728 = getelementptr inbounds nuw i8, ptr %727, i64 192
-  %729 = load <16 x float>, ptr %728, align 4, !tbaa !8
-  %730 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
-  %731 = load float, ptr %730, align 8, !tbaa !23
-  %732 = insertelement <16 x float> poison, float %731, i64 0
-  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
-  %734 = fmul <16 x float> %729, %733
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %724, <16 x float> %726, <16 x float> %734)
-  store <16 x float> %735, ptr %728, align 4, !tbaa !8
-  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
-  %736 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
-  %737 = load float, ptr %736, align 4, !tbaa !22
-  %738 = insertelement <16 x float> poison, float %737, i64 0
-  %739 = shufflevector <16 x float> %738, <16 x float> poison, <16 x i32> zeroinitializer
-  %740 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
-  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %740
-  %741 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
-  %742 = getelementptr inbounds nuw float, ptr %acc.i, i64 %740
-  %743 = getelementptr inbounds nuw i8, ptr %742, i64 192
-  %744 = load <16 x float>, ptr %743, align 4, !tbaa !8
-  %745 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
-  %746 = load float, ptr %745, align 4, !tbaa !23
-  %747 = insertelement <16 x float> poison, float %746, i64 0
-  %748 = shufflevector <16 x float> %747, <16 x float> poison, <16 x i32> zeroinitializer
-  %749 = fmul <16 x float> %744, %748
-  %750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %739, <16 x float> %741, <16 x float> %749)
-  store <16 x float> %750, ptr %743, align 4, !tbaa !8
-  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
-  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
-  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !45
-
-for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
-  %invariant.gep.4.i = getelementptr i8, ptr %119, i64 256
-  br label %for_body_r_0.4.i
-
-for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
-  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
-  %751 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
-  %752 = load float, ptr %751, align 16, !tbaa !22
-  %753 = insertelement <16 x float> poison, float %752, i64 0
-  %754 = shufflevector <16 x float> %753, <16 x float> poison, <16 x i32> zeroinitializer
-  %755 = shl nuw nsw i64 %indvars.iv.4.i, 7
-  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %755
-  %756 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %757 = getelementptr inbounds nuw float, ptr %acc.i, i64 %755
-  %758 = getelementptr inbounds nuw i8, ptr %757, i64 256
-  %759 = load <16 x float>, ptr %758, align 4, !tbaa !8
-  %760 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
-  %761 = load float, ptr %760, align 16, !tbaa !23
-  %762 = insertelement <16 x float> poison, float %761, i64 0
-  %763 = shufflevector <16 x float> %762, <16 x float> poison, <16 x i32> zeroinitializer
-  %764 = fmul <16 x float> %759, %763
-  %765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %756, <16 x float> %764)
-  store <16 x float> %765, ptr %758, align 4, !tbaa !8
-  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
-  %766 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
-  %767 = load float, ptr %766, align 4, !tbaa !22
-  %768 = insertelement <16 x float> poison, float %767, i64 0
-  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
-  %770 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
-  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %770
-  %771 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
-  %772 = getelementptr inbounds nuw float, ptr %acc.i, i64 %770
-  %773 = getelementptr inbounds nuw i8, ptr %772, i64 256
-  %774 = load <16 x float>, ptr %773, align 4, !tbaa !8
-  %775 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
-  %776 = load float, ptr %775, align 4, !tbaa !23
-  %777 = insertelement <16 x float> poison, float %776, i64 0
-  %778 = shufflevector <16 x float> %777, <16 x float> poison, <16 x i32> zeroinitializer
-  %779 = fmul <16 x float> %774, %778
-  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %771, <16 x float> %779)
-  store <16 x float> %780, ptr %773, align 4, !tbaa !8
-  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
-  %781 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
-  %782 = load float, ptr %781, align 8, !tbaa !22
-  %783 = insertelement <16 x float> poison, float %782, i64 0
-  %784 = shufflevector <16 x float> %783, <16 x float> poison, <16 x i32> zeroinitializer
-  %785 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
-  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %785
-  %786 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
-  %787 = getelementptr inbounds nuw float, ptr %acc.i, i64 %785
-  %788 = getelementptr inbounds nuw i8, ptr %787, i64 256
-  %789 = load <16 x float>, ptr %788, align 4, !tbaa !8
-  %790 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
-  %791 = load float, ptr %790, align 8, !tbaa !23
-  %792 = insertelement <16 x float> poison, float %791, i64 0
-  %793 = shufflevector <16 x float> %792, <16 x float> poison, <16 x i32> zeroinitializer
-  %794 = fmul <16 x float> %789, %793
-  %795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %784, <16 x float> %786, <16 x float> %794)
-  store <16 x float> %795, ptr %788, align 4, !tbaa !8
-  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
-  %796 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
-  %797 = load float, ptr %796, align 4, !tbaa !22
-  %798 = insertelement <16 x float> poison, float %797, i64 0
-  %799 = shufflevector <16 x float> %798, <16 x float> poison, <16 x i32> zeroinitializer
-  %800 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
-  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %800
-  %801 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
-  %802 = getelementptr inbounds nuw float, ptr %acc.i, i64 %800
-  %803 = getelementptr inbounds nuw i8, ptr %802, i64 256
-  %804 = load <16 x float>, ptr %803, align 4, !tbaa !8
-  %805 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
-  %806 = load float, ptr %805, align 4, !tbaa !23
-  %807 = insertelement <16 x float> poison, float %806, i64 0
-  %808 = shufflevector <16 x float> %807, <16 x float> poison, <16 x i32> zeroinitializer
-  %809 = fmul <16 x float> %804, %808
-  %810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %799, <16 x float> %801, <16 x float> %809)
-  store <16 x float> %810, ptr %803, align 4, !tbaa !8
-  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
-  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
-  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !46
-
-for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
-  %invariant.gep.5.i = getelementptr i8, ptr %119, i64 320
-  br label %for_body_r_0.5.i
-
-for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
-  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
-  %811 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
-  %812 = load float, ptr %811, align 16, !tbaa !22
-  %813 = insertelement <16 x float> poison, float %812, i64 0
-  %814 = shufflevector <16 x float> %813, <16 x float> poison, <16 x i32> zeroinitializer
-  %815 = shl nuw nsw i64 %indvars.iv.5.i, 7
-  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %815
-  %816 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %817 = getelementptr inbounds nuw float, ptr %acc.i, i64 %815
-  %818 = getelementptr inbounds nuw i8, ptr %817, i64 320
-  %819 = load <16 x float>, ptr %818, align 4, !tbaa !8
-  %820 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
-  %821 = load float, ptr %820, align 16, !tbaa !23
-  %822 = insertelement <16 x float> poison, float %821, i64 0
-  %823 = shufflevector <16 x float> %822, <16 x float> poison, <16 x i32> zeroinitializer
-  %824 = fmul <16 x float> %819, %823
-  %825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %814, <16 x float> %816, <16 x float> %824)
-  store <16 x float> %825, ptr %818, align 4, !tbaa !8
-  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
-  %826 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
-  %827 = load float, ptr %826, align 4, !tbaa !22
-  %828 = insertelement <16 x float> poison, float %827, i64 0
-  %829 = shufflevector <16 x float> %828, <16 x float> poison, <16 x i32> zeroinitializer
-  %830 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
-  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %830
-  %831 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
-  %832 = getelementptr inbounds nuw float, ptr %acc.i, i64 %830
-  %833 = getelementptr inbounds nuw i8, ptr %832, i64 320
-  %834 = load <16 x float>, ptr %833, align 4, !tbaa !8
-  %835 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
-  %836 = load float, ptr %835, align 4, !tbaa !23
-  %837 = insertelement <16 x float> poison, float %836, i64 0
-  %838 = shufflevector <16 x float> %837, <16 x float> poison, <16 x i32> zeroinitializer
-  %839 = fmul <16 x float> %834, %838
-  %840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %829, <16 x float> %831, <16 x float> %839)
-  store <16 x float> %840, ptr %833, align 4, !tbaa !8
-  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
-  %841 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
-  %842 = load float, ptr %841, align 8, !tbaa !22
-  %843 = insertelement <16 x float> poison, float %842, i64 0
-  %844 = shufflevector <16 x float> %843, <16 x float> poison, <16 x i32> zeroinitializer
-  %845 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
-  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %845
-  %846 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
-  %847 = getelementptr inbounds nuw float, ptr %acc.i, i64 %845
-  %848 = getelementptr inbounds nuw i8, ptr %847, i64 320
-  %849 = load <16 x float>, ptr %848, align 4, !tbaa !8
-  %850 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
-  %851 = load float, ptr %850, align 8, !tbaa !23
-  %852 = insertelement <16 x float> poison, float %851, i64 0
-  %853 = shufflevector <16 x float> %852, <16 x float> poison, <16 x i32> zeroinitializer
-  %854 = fmul <16 x float> %849, %853
-  %855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %844, <16 x float> %846, <16 x float> %854)
-  store <16 x float> %855, ptr %848, align 4, !tbaa !8
-  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
-  %856 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
-  %857 = load float, ptr %856, align 4, !tbaa !22
-  %858 = insertelement <16 x float> poison, float %857, i64 0
-  %859 = shufflevector <16 x float> %858, <16 x float> poison, <16 x i32> zeroinitializer
-  %860 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
-  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %860
-  %861 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
-  %862 = getelementptr inbounds nuw float, ptr %acc.i, i64 %860
-  %863 = getelementptr inbounds nuw i8, ptr %862, i64 320
-  %864 = load <16 x float>, ptr %863, align 4, !tbaa !8
-  %865 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
-  %866 = load float, ptr %865, align 4, !tbaa !23
-  %867 = insertelement <16 x float> poison, float %866, i64 0
-  %868 = shufflevector <16 x float> %867, <16 x float> poison, <16 x i32> zeroinitializer
-  %869 = fmul <16 x float> %864, %868
-  %870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %859, <16 x float> %861, <16 x float> %869)
-  store <16 x float> %870, ptr %863, align 4, !tbaa !8
-  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
-  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
-  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !47
-
-for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
-  %invariant.gep.6.i = getelementptr i8, ptr %119, i64 384
-  br label %for_body_r_0.6.i
-
-for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
-  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
-  %871 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
-  %872 = load float, ptr %871, align 16, !tbaa !22
-  %873 = insertelement <16 x float> poison, float %872, i64 0
-  %874 = shufflevector <16 x float> %873, <16 x float> poison, <16 x i32> zeroinitializer
-  %875 = shl nuw nsw i64 %indvars.iv.6.i, 7
-  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %875
-  %876 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %877 = getelementptr inbounds nuw float, ptr %acc.i, i64 %875
-  %878 = getelementptr inbounds nuw i8, ptr %877, i64 384
-  %879 = load <16 x float>, ptr %878, align 4, !tbaa !8
-  %880 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
-  %881 = load float, ptr %880, align 16, !tbaa !23
-  %882 = insertelement <16 x float> poison, float %881, i64 0
-  %883 = shufflevector <16 x float> %882, <16 x float> poison, <16 x i32> zeroinitializer
-  %884 = fmul <16 x float> %879, %883
-  %885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %874, <16 x float> %876, <16 x float> %884)
-  store <16 x float> %885, ptr %878, align 4, !tbaa !8
-  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
-  %886 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
-  %887 = load float, ptr %886, align 4, !tbaa !22
-  %888 = insertelement <16 x float> poison, float %887, i64 0
-  %889 = shufflevector <16 x float> %888, <16 x float> poison, <16 x i32> zeroinitializer
-  %890 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
-  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %890
-  %891 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
-  %892 = getelementptr inbounds nuw float, ptr %acc.i, i64 %890
-  %893 = getelementptr inbounds nuw i8, ptr %892, i64 384
-  %894 = load <16 x float>, ptr %893, align 4, !tbaa !8
-  %895 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
-  %896 = load float, ptr %895, align 4, !tbaa !23
-  %897 = insertelement <16 x float> poison, float %896, i64 0
-  %898 = shufflevector <16 x float> %897, <16 x float> poison, <16 x i32> zeroinitializer
-  %899 = fmul <16 x float> %894, %898
-  %900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %889, <16 x float> %891, <16 x float> %899)
-  store <16 x float> %900, ptr %893, align 4, !tbaa !8
-  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
-  %901 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
-  %902 = load float, ptr %901, align 8, !tbaa !22
-  %903 = insertelement <16 x float> poison, float %902, i64 0
-  %904 = shufflevector <16 x float> %903, <16 x float> poison, <16 x i32> zeroinitializer
-  %905 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
-  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %905
-  %906 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
-  %907 = getelementptr inbounds nuw float, ptr %acc.i, i64 %905
-  %908 = getelementptr inbounds nuw i8, ptr %907, i64 384
-  %909 = load <16 x float>, ptr %908, align 4, !tbaa !8
-  %910 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
-  %911 = load float, ptr %910, align 8, !tbaa !23
-  %912 = insertelement <16 x float> poison, float %911, i64 0
-  %913 = shufflevector <16 x float> %912, <16 x float> poison, <16 x i32> zeroinitializer
-  %914 = fmul <16 x float> %909, %913
-  %915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %904, <16 x float> %906, <16 x float> %914)
-  store <16 x float> %915, ptr %908, align 4, !tbaa !8
-  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
-  %916 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
-  %917 = load float, ptr %916, align 4, !tbaa !22
-  %918 = insertelement <16 x float> poison, float %917, i64 0
-  %919 = shufflevector <16 x float> %918, <16 x float> poison, <16 x i32> zeroinitializer
-  %920 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
-  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %920
-  %921 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
-  %922 = getelementptr inbounds nuw float, ptr %acc.i, i64 %920
-  %923 = getelementptr inbounds nuw i8, ptr %922, i64 384
-  %924 = load <16 x float>, ptr %923, align 4, !tbaa !8
-  %925 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
-  %926 = load float, ptr %925, align 4, !tbaa !23
-  %927 = insertelement <16 x float> poison, float %926, i64 0
-  %928 = shufflevector <16 x float> %927, <16 x float> poison, <16 x i32> zeroinitializer
-  %929 = fmul <16 x float> %924, %928
-  %930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %919, <16 x float> %921, <16 x float> %929)
-  store <16 x float> %930, ptr %923, align 4, !tbaa !8
-  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
-  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
-  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !48
-
-for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
-  %invariant.gep.7.i = getelementptr i8, ptr %119, i64 448
-  br label %for_body_r_0.7.i
-
-for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
-  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
-  %931 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
-  %932 = load float, ptr %931, align 16, !tbaa !22
-  %933 = insertelement <16 x float> poison, float %932, i64 0
-  %934 = shufflevector <16 x float> %933, <16 x float> poison, <16 x i32> zeroinitializer
-  %935 = shl nuw nsw i64 %indvars.iv.7.i, 7
-  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %935
-  %936 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %937 = getelementptr inbounds nuw float, ptr %acc.i, i64 %935
-  %938 = getelementptr inbounds nuw i8, ptr %937, i64 448
-  %939 = load <16 x float>, ptr %938, align 4, !tbaa !8
-  %940 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
-  %941 = load float, ptr %940, align 16, !tbaa !23
-  %942 = insertelement <16 x float> poison, float %941, i64 0
-  %943 = shufflevector <16 x float> %942, <16 x float> poison, <16 x i32> zeroinitializer
-  %944 = fmul <16 x float> %939, %943
-  %945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %934, <16 x float> %936, <16 x float> %944)
-  store <16 x float> %945, ptr %938, align 4, !tbaa !8
-  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
-  %946 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
-  %947 = load float, ptr %946, align 4, !tbaa !22
-  %948 = insertelement <16 x float> poison, float %947, i64 0
-  %949 = shufflevector <16 x float> %948, <16 x float> poison, <16 x i32> zeroinitializer
-  %950 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
-  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %950
-  %951 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
-  %952 = getelementptr inbounds nuw float, ptr %acc.i, i64 %950
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 448
-  %954 = load <16 x float>, ptr %953, align 4, !tbaa !8
-  %955 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
-  %956 = load float, ptr %955, align 4, !tbaa !23
-  %957 = insertelement <16 x float> poison, float %956, i64 0
-  %958 = shufflevector <16 x float> %957, <16 x float> poison, <16 x i32> zeroinitializer
-  %959 = fmul <16 x float> %954, %958
-  %960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %949, <16 x float> %951, <16 x float> %959)
-  store <16 x float> %960, ptr %953, align 4, !tbaa !8
-  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
-  %961 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
-  %962 = load float, ptr %961, align 8, !tbaa !22
-  %963 = insertelement <16 x float> poison, float %962, i64 0
-  %964 = shufflevector <16 x float> %963, <16 x float> poison, <16 x i32> zeroinitializer
-  %965 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
-  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %965
-  %966 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
-  %967 = getelementptr inbounds nuw float, ptr %acc.i, i64 %965
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 448
-  %969 = load <16 x float>, ptr %968, align 4, !tbaa !8
-  %970 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
-  %971 = load float, ptr %970, align 8, !tbaa !23
-  %972 = insertelement <16 x float> poison, float %971, i64 0
-  %973 = shufflevector <16 x float> %972, <16 x float> poison, <16 x i32> zeroinitializer
-  %974 = fmul <16 x float> %969, %973
-  %975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %964, <16 x float> %966, <16 x float> %974)
-  store <16 x float> %975, ptr %968, align 4, !tbaa !8
-  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
-  %976 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
-  %977 = load float, ptr %976, align 4, !tbaa !22
-  %978 = insertelement <16 x float> poison, float %977, i64 0
-  %979 = shufflevector <16 x float> %978, <16 x float> poison, <16 x i32> zeroinitializer
-  %980 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
-  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %980
-  %981 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
-  %982 = getelementptr inbounds nuw float, ptr %acc.i, i64 %980
-  %983 = getelementptr inbounds nuw i8, ptr %982, i64 448
-  %984 = load <16 x float>, ptr %983, align 4, !tbaa !8
-  %985 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
-  %986 = load float, ptr %985, align 4, !tbaa !23
-  %987 = insertelement <16 x float> poison, float %986, i64 0
-  %988 = shufflevector <16 x float> %987, <16 x float> poison, <16 x i32> zeroinitializer
-  %989 = fmul <16 x float> %984, %988
-  %990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %979, <16 x float> %981, <16 x float> %989)
-  store <16 x float> %990, ptr %983, align 4, !tbaa !8
-  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
-  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
-  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !49
+if_end18.i.1:                                     ; preds = %if_then17.i.1, %for_body_r_0.i.if_end18.i_crit_edge.1
+  %142 = phi <16 x float> [ %.pre.1, %for_body_r_0.i.if_end18.i_crit_edge.1 ], [ zeroinitializer, %if_then17.i.1 ]
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %144 = load float, ptr %143, align 4, !tbaa !30
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %141
+  %147 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep78.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %149 = load float, ptr %148, align 4, !tbaa !31
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = fmul <16 x float> %142, %151
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %152)
+  store <16 x float> %153, ptr %gep78.i.1, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
+  %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 32
+  br i1 %exitcond.not.i.1, label %for_end_r_0.i, label %for_body_r_0.i, !prof !29, !llvm.loop !32
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
-  %991 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
-  %992 = load float, ptr %991, align 4, !tbaa !50
-  %993 = insertelement <16 x float> poison, float %992, i64 0
-  %994 = shufflevector <16 x float> %993, <16 x float> poison, <16 x i32> zeroinitializer
-  %995 = mul nsw i64 %indvars.iv74.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %513, i64 %995
-  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
-  %996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %997 = load <16 x float>, ptr %996, align 4, !tbaa !8
-  %998 = fmul <16 x float> %997, %994
-  %999 = bitcast <16 x float> %998 to <16 x i32>
-  %1000 = lshr <16 x i32> %999, splat (i32 16)
-  %1001 = and <16 x i32> %1000, splat (i32 1)
-  %1002 = add nuw <16 x i32> %999, splat (i32 32767)
-  %1003 = add nuw <16 x i32> %1002, %1001
-  %1004 = lshr <16 x i32> %1003, splat (i32 16)
-  %1005 = trunc nuw <16 x i32> %1004 to <16 x i16>
-  store <16 x i16> %1005, ptr %invariant.gep49.i, align 2, !tbaa !8
-  %1006 = getelementptr inbounds nuw i8, ptr %996, i64 64
-  %1007 = load <16 x float>, ptr %1006, align 4, !tbaa !8
-  %1008 = fmul <16 x float> %994, %1007
-  %1009 = bitcast <16 x float> %1008 to <16 x i32>
-  %1010 = lshr <16 x i32> %1009, splat (i32 16)
-  %1011 = and <16 x i32> %1010, splat (i32 1)
-  %1012 = add nuw <16 x i32> %1009, splat (i32 32767)
-  %1013 = add nuw <16 x i32> %1012, %1011
-  %1014 = lshr <16 x i32> %1013, splat (i32 16)
-  %1015 = trunc nuw <16 x i32> %1014 to <16 x i16>
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_begin_d_019.preheader.i ]
+  %154 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %155 = load float, ptr %154, align 4, !tbaa !34
+  %156 = insertelement <16 x float> poison, float %155, i64 0
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> zeroinitializer
+  %158 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %123, i64 %158
+  %.idx = shl nuw nsw i64 %indvars.iv65.i, 9
+  %159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
+  %161 = fmul <16 x float> %160, %157
+  %162 = bitcast <16 x float> %161 to <16 x i32>
+  %163 = lshr <16 x i32> %162, splat (i32 16)
+  %164 = and <16 x i32> %163, splat (i32 1)
+  %165 = add nuw <16 x i32> %162, splat (i32 32767)
+  %166 = add nuw <16 x i32> %165, %164
+  %167 = lshr <16 x i32> %166, splat (i32 16)
+  %168 = trunc nuw <16 x i32> %167 to <16 x i16>
+  store <16 x i16> %168, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %169 = getelementptr inbounds nuw i8, ptr %159, i64 64
+  %170 = load <16 x float>, ptr %169, align 4, !tbaa !8
+  %171 = fmul <16 x float> %157, %170
+  %172 = bitcast <16 x float> %171 to <16 x i32>
+  %173 = lshr <16 x i32> %172, splat (i32 16)
+  %174 = and <16 x i32> %173, splat (i32 1)
+  %175 = add nuw <16 x i32> %172, splat (i32 32767)
+  %176 = add nuw <16 x i32> %175, %174
+  %177 = lshr <16 x i32> %176, splat (i32 16)
+  %178 = trunc nuw <16 x i32> %177 to <16 x i16>
   %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <16 x i16> %1015, ptr %gep50.1.i, align 2, !tbaa !8
-  %1016 = getelementptr inbounds nuw i8, ptr %996, i64 128
-  %1017 = load <16 x float>, ptr %1016, align 4, !tbaa !8
-  %1018 = fmul <16 x float> %994, %1017
-  %1019 = bitcast <16 x float> %1018 to <16 x i32>
-  %1020 = lshr <16 x i32> %1019, splat (i32 16)
-  %1021 = and <16 x i32> %1020, splat (i32 1)
-  %1022 = add nuw <16 x i32> %1019, splat (i32 32767)
-  %1023 = add nuw <16 x i32> %1022, %1021
-  %1024 = lshr <16 x i32> %1023, splat (i32 16)
-  %1025 = trunc nuw <16 x i32> %1024 to <16 x i16>
+  store <16 x i16> %178, ptr %gep50.1.i, align 2, !tbaa !8
+  %179 = getelementptr inbounds nuw i8, ptr %159, i64 128
+  %180 = load <16 x float>, ptr %179, align 4, !tbaa !8
+  %181 = fmul <16 x float> %157, %180
+  %182 = bitcast <16 x float> %181 to <16 x i32>
+  %183 = lshr <16 x i32> %182, splat (i32 16)
+  %184 = and <16 x i32> %183, splat (i32 1)
+  %185 = add nuw <16 x i32> %182, splat (i32 32767)
+  %186 = add nuw <16 x i32> %185, %184
+  %187 = lshr <16 x i32> %186, splat (i32 16)
+  %188 = trunc nuw <16 x i32> %187 to <16 x i16>
   %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <16 x i16> %1025, ptr %gep50.2.i, align 2, !tbaa !8
-  %1026 = getelementptr inbounds nuw i8, ptr %996, i64 192
-  %1027 = load <16 x float>, ptr %1026, align 4, !tbaa !8
-  %1028 = fmul <16 x float> %994, %1027
-  %1029 = bitcast <16 x float> %1028 to <16 x i32>
-  %1030 = lshr <16 x i32> %1029, splat (i32 16)
-  %1031 = and <16 x i32> %1030, splat (i32 1)
-  %1032 = add nuw <16 x i32> %1029, splat (i32 32767)
-  %1033 = add nuw <16 x i32> %1032, %1031
-  %1034 = lshr <16 x i32> %1033, splat (i32 16)
-  %1035 = trunc nuw <16 x i32> %1034 to <16 x i16>
+  store <16 x i16> %188, ptr %gep50.2.i, align 2, !tbaa !8
+  %189 = getelementptr inbounds nuw i8, ptr %159, i64 192
+  %190 = load <16 x float>, ptr %189, align 4, !tbaa !8
+  %191 = fmul <16 x float> %157, %190
+  %192 = bitcast <16 x float> %191 to <16 x i32>
+  %193 = lshr <16 x i32> %192, splat (i32 16)
+  %194 = and <16 x i32> %193, splat (i32 1)
+  %195 = add nuw <16 x i32> %192, splat (i32 32767)
+  %196 = add nuw <16 x i32> %195, %194
+  %197 = lshr <16 x i32> %196, splat (i32 16)
+  %198 = trunc nuw <16 x i32> %197 to <16 x i16>
   %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <16 x i16> %1035, ptr %gep50.3.i, align 2, !tbaa !8
-  %1036 = getelementptr inbounds nuw i8, ptr %996, i64 256
-  %1037 = load <16 x float>, ptr %1036, align 4, !tbaa !8
-  %1038 = fmul <16 x float> %994, %1037
-  %1039 = bitcast <16 x float> %1038 to <16 x i32>
-  %1040 = lshr <16 x i32> %1039, splat (i32 16)
-  %1041 = and <16 x i32> %1040, splat (i32 1)
-  %1042 = add nuw <16 x i32> %1039, splat (i32 32767)
-  %1043 = add nuw <16 x i32> %1042, %1041
-  %1044 = lshr <16 x i32> %1043, splat (i32 16)
-  %1045 = trunc nuw <16 x i32> %1044 to <16 x i16>
+  store <16 x i16> %198, ptr %gep50.3.i, align 2, !tbaa !8
+  %199 = getelementptr inbounds nuw i8, ptr %159, i64 256
+  %200 = load <16 x float>, ptr %199, align 4, !tbaa !8
+  %201 = fmul <16 x float> %157, %200
+  %202 = bitcast <16 x float> %201 to <16 x i32>
+  %203 = lshr <16 x i32> %202, splat (i32 16)
+  %204 = and <16 x i32> %203, splat (i32 1)
+  %205 = add nuw <16 x i32> %202, splat (i32 32767)
+  %206 = add nuw <16 x i32> %205, %204
+  %207 = lshr <16 x i32> %206, splat (i32 16)
+  %208 = trunc nuw <16 x i32> %207 to <16 x i16>
   %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <16 x i16> %1045, ptr %gep50.4.i, align 2, !tbaa !8
-  %1046 = getelementptr inbounds nuw i8, ptr %996, i64 320
-  %1047 = load <16 x float>, ptr %1046, align 4, !tbaa !8
-  %1048 = fmul <16 x float> %994, %1047
-  %1049 = bitcast <16 x float> %1048 to <16 x i32>
-  %1050 = lshr <16 x i32> %1049, splat (i32 16)
-  %1051 = and <16 x i32> %1050, splat (i32 1)
-  %1052 = add nuw <16 x i32> %1049, splat (i32 32767)
-  %1053 = add nuw <16 x i32> %1052, %1051
-  %1054 = lshr <16 x i32> %1053, splat (i32 16)
-  %1055 = trunc nuw <16 x i32> %1054 to <16 x i16>
+  store <16 x i16> %208, ptr %gep50.4.i, align 2, !tbaa !8
+  %209 = getelementptr inbounds nuw i8, ptr %159, i64 320
+  %210 = load <16 x float>, ptr %209, align 4, !tbaa !8
+  %211 = fmul <16 x float> %157, %210
+  %212 = bitcast <16 x float> %211 to <16 x i32>
+  %213 = lshr <16 x i32> %212, splat (i32 16)
+  %214 = and <16 x i32> %213, splat (i32 1)
+  %215 = add nuw <16 x i32> %212, splat (i32 32767)
+  %216 = add nuw <16 x i32> %215, %214
+  %217 = lshr <16 x i32> %216, splat (i32 16)
+  %218 = trunc nuw <16 x i32> %217 to <16 x i16>
   %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <16 x i16> %1055, ptr %gep50.5.i, align 2, !tbaa !8
-  %1056 = getelementptr inbounds nuw i8, ptr %996, i64 384
-  %1057 = load <16 x float>, ptr %1056, align 4, !tbaa !8
-  %1058 = fmul <16 x float> %994, %1057
-  %1059 = bitcast <16 x float> %1058 to <16 x i32>
-  %1060 = lshr <16 x i32> %1059, splat (i32 16)
-  %1061 = and <16 x i32> %1060, splat (i32 1)
-  %1062 = add nuw <16 x i32> %1059, splat (i32 32767)
-  %1063 = add nuw <16 x i32> %1062, %1061
-  %1064 = lshr <16 x i32> %1063, splat (i32 16)
-  %1065 = trunc nuw <16 x i32> %1064 to <16 x i16>
+  store <16 x i16> %218, ptr %gep50.5.i, align 2, !tbaa !8
+  %219 = getelementptr inbounds nuw i8, ptr %159, i64 384
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
+  %221 = fmul <16 x float> %157, %220
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
   %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <16 x i16> %1065, ptr %gep50.6.i, align 2, !tbaa !8
-  %1066 = getelementptr inbounds nuw i8, ptr %996, i64 448
-  %1067 = load <16 x float>, ptr %1066, align 4, !tbaa !8
-  %1068 = fmul <16 x float> %994, %1067
-  %1069 = bitcast <16 x float> %1068 to <16 x i32>
-  %1070 = lshr <16 x i32> %1069, splat (i32 16)
-  %1071 = and <16 x i32> %1070, splat (i32 1)
-  %1072 = add nuw <16 x i32> %1069, splat (i32 32767)
-  %1073 = add nuw <16 x i32> %1072, %1071
-  %1074 = lshr <16 x i32> %1073, splat (i32 16)
-  %1075 = trunc nuw <16 x i32> %1074 to <16 x i16>
+  store <16 x i16> %228, ptr %gep50.6.i, align 2, !tbaa !8
+  %229 = getelementptr inbounds nuw i8, ptr %159, i64 448
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !8
+  %231 = fmul <16 x float> %157, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
   %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <16 x i16> %1075, ptr %gep50.7.i, align 2, !tbaa !8
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 32
-  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  store <16 x i16> %238, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !29
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %1076 = add nsw i32 %num_keys, -1
-  %1077 = sitofp i32 %1076 to float
-  %1078 = bitcast float %1077 to i32
-  %1079 = ashr i32 %1078, 23
-  %1080 = mul nsw i64 %lse_batch, %511
-  %1081 = getelementptr float, ptr %lse, i64 %1080
-  %1082 = tail call i32 @llvm.smax.i32(i32 %1079, i32 125)
-  %1083 = shl nuw nsw i32 %1082, 23
-  %1084 = add nuw i32 %1083, 16777216
-  %1085 = bitcast i32 %1084 to float
+  %239 = add nsw i32 %num_keys, -1
+  %240 = sitofp i32 %239 to float
+  %241 = bitcast float %240 to i32
+  %242 = ashr i32 %241, 23
+  %243 = mul nsw i64 %lse_batch, %121
+  %244 = getelementptr float, ptr %lse, i64 %243
+  %245 = tail call i32 @llvm.smax.i32(i32 %242, i32 125)
+  %246 = shl nuw nsw i32 %245, 23
+  %247 = add nuw i32 %246, 16777216
+  %248 = bitcast i32 %247 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
-  %1086 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
-  %1087 = load float, ptr %1086, align 16, !tbaa !51
-  %1088 = fcmp oeq float %1087, 0.000000e+00
-  br i1 %1088, label %if_end30.i, label %if_else.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i.3, %if_end30.i.3 ]
+  %249 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %250 = load float, ptr %249, align 16, !tbaa !35
+  %251 = fcmp oeq float %250, 0.000000e+00
+  br i1 %251, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %1089 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1090 = tail call i32 %1089(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %1090, 0
+  %252 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %253 = tail call i32 %252(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %253, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %1091 = fmul float %1087, %1085
-  %1092 = tail call float @llvm.log.f32(float %1091)
-  %1093 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
-  %1094 = load float, ptr %1093, align 16, !tbaa !53
-  %1095 = fadd float %1092, %1094
+  %254 = fmul float %250, %248
+  %255 = tail call float @llvm.log.f32(float %254)
+  %256 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %257 = load float, ptr %256, align 16, !tbaa !37
+  %258 = fadd float %255, %257
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %1096 = phi float [ %1095, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %1097 = getelementptr float, ptr %1081, i64 %indvars.iv78.i
-  store float %1096, ptr %1097, align 4, !tbaa !8
-  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
-  %1098 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
-  %1099 = load float, ptr %1098, align 4, !tbaa !51
-  %1100 = fcmp oeq float %1099, 0.000000e+00
-  br i1 %1100, label %if_end30.i.1, label %if_else.i.1
+  %259 = phi float [ %258, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %260 = getelementptr float, ptr %244, i64 %indvars.iv69.i
+  store float %259, ptr %260, align 4, !tbaa !8
+  %indvars.iv.next70.i = or disjoint i64 %indvars.iv69.i, 1
+  %261 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i
+  %262 = load float, ptr %261, align 4, !tbaa !35
+  %263 = fcmp oeq float %262, 0.000000e+00
+  br i1 %263, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %1101 = fmul float %1099, %1085
-  %1102 = tail call float @llvm.log.f32(float %1101)
-  %1103 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
-  %1104 = load float, ptr %1103, align 4, !tbaa !53
-  %1105 = fadd float %1102, %1104
+  %264 = fmul float %262, %248
+  %265 = tail call float @llvm.log.f32(float %264)
+  %266 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i
+  %267 = load float, ptr %266, align 4, !tbaa !37
+  %268 = fadd float %265, %267
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %1106 = phi float [ %1105, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %1107 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i
-  store float %1106, ptr %1107, align 4, !tbaa !8
-  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
-  %1108 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
-  %1109 = load float, ptr %1108, align 8, !tbaa !51
-  %1110 = fcmp oeq float %1109, 0.000000e+00
-  br i1 %1110, label %if_end30.i.2, label %if_else.i.2
+  %269 = phi float [ %268, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %270 = getelementptr float, ptr %244, i64 %indvars.iv.next70.i
+  store float %269, ptr %270, align 4, !tbaa !8
+  %indvars.iv.next70.i.1 = or disjoint i64 %indvars.iv69.i, 2
+  %271 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.1
+  %272 = load float, ptr %271, align 8, !tbaa !35
+  %273 = fcmp oeq float %272, 0.000000e+00
+  br i1 %273, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %1111 = fmul float %1109, %1085
-  %1112 = tail call float @llvm.log.f32(float %1111)
-  %1113 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
-  %1114 = load float, ptr %1113, align 8, !tbaa !53
-  %1115 = fadd float %1112, %1114
+  %274 = fmul float %272, %248
+  %275 = tail call float @llvm.log.f32(float %274)
+  %276 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.1
+  %277 = load float, ptr %276, align 8, !tbaa !37
+  %278 = fadd float %275, %277
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %1116 = phi float [ %1115, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %1117 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i.1
-  store float %1116, ptr %1117, align 4, !tbaa !8
-  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
-  %1118 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
-  %1119 = load float, ptr %1118, align 4, !tbaa !51
-  %1120 = fcmp oeq float %1119, 0.000000e+00
-  br i1 %1120, label %if_end30.i.3, label %if_else.i.3
+  %279 = phi float [ %278, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %280 = getelementptr float, ptr %244, i64 %indvars.iv.next70.i.1
+  store float %279, ptr %280, align 4, !tbaa !8
+  %indvars.iv.next70.i.2 = or disjoint i64 %indvars.iv69.i, 3
+  %281 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.2
+  %282 = load float, ptr %281, align 4, !tbaa !35
+  %283 = fcmp oeq float %282, 0.000000e+00
+  br i1 %283, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %1121 = fmul float %1119, %1085
-  %1122 = tail call float @llvm.log.f32(float %1121)
-  %1123 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
-  %1124 = load float, ptr %1123, align 4, !tbaa !53
-  %1125 = fadd float %1122, %1124
+  %284 = fmul float %282, %248
+  %285 = tail call float @llvm.log.f32(float %284)
+  %286 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.2
+  %287 = load float, ptr %286, align 4, !tbaa !37
+  %288 = fadd float %285, %287
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %1126 = phi float [ %1125, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %1127 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i.2
-  store float %1126, ptr %1127, align 4, !tbaa !8
-  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
-  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 32
-  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !55
+  %289 = phi float [ %288, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %290 = getelementptr float, ptr %244, i64 %indvars.iv.next70.i.2
+  store float %289, ptr %290, align 4, !tbaa !8
+  %indvars.iv.next70.i.3 = add nuw nsw i64 %indvars.iv69.i, 4
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next70.i.3, 32
+  br i1 %exitcond72.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !29, !llvm.loop !39
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -12345,7 +11174,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22,\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -12367,37 +11196,22 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !19 = !{!"buffer12.w512.b0", !20, i64 0}
 !20 = !{!"buffer12.w1024.b0", !21, i64 0}
 !21 = !{!"buffer12", !5, i64 0}
-!22 = !{!21, !21, i64 0}
-!23 = !{!15, !15, i64 0}
-!24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = distinct !{!25, !26}
-!26 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!27 = distinct !{!27, !28}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!29 = distinct !{!29, !28}
-!30 = distinct !{!30, !28}
-!31 = distinct !{!31, !28}
-!32 = distinct !{!32, !28}
-!33 = distinct !{!33, !28}
-!34 = distinct !{!34, !28}
+!22 = !{!23, !23, i64 0}
+!23 = !{!"buffer13.w128.b0", !24, i64 0}
+!24 = !{!"buffer13.w256.b0", !25, i64 0}
+!25 = !{!"buffer13.w512.b0", !26, i64 0}
+!26 = !{!"buffer13.w1024.b0", !27, i64 0}
+!27 = !{!"buffer13", !5, i64 0}
+!28 = !{!"branch_weights", i32 127, i32 134217601}
+!29 = !{!"branch_weights", i32 1, i32 1048575}
+!30 = !{!21, !21, i64 0}
+!31 = !{!15, !15, i64 0}
+!32 = distinct !{!32, !33}
+!33 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!34 = !{!27, !27, i64 0}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer13.w128.b0", !37, i64 0}
-!37 = !{!"buffer13.w256.b0", !38, i64 0}
-!38 = !{!"buffer13.w512.b0", !39, i64 0}
-!39 = !{!"buffer13.w1024.b0", !40, i64 0}
-!40 = !{!"buffer13", !5, i64 0}
-!41 = !{!"branch_weights", i32 127, i32 134217601}
-!42 = distinct !{!42, !28}
-!43 = distinct !{!43, !28}
-!44 = distinct !{!44, !28}
-!45 = distinct !{!45, !28}
-!46 = distinct !{!46, !28}
-!47 = distinct !{!47, !28}
-!48 = distinct !{!48, !28}
-!49 = distinct !{!49, !28}
-!50 = !{!40, !40, i64 0}
-!51 = !{!52, !52, i64 0}
-!52 = !{!"buffer14", !5, i64 0}
-!53 = !{!54, !54, i64 0}
-!54 = !{!"buffer15", !5, i64 0}
-!55 = distinct !{!55, !28}
+!36 = !{!"buffer14", !5, i64 0}
+!37 = !{!38, !38, i64 0}
+!38 = !{!"buffer15", !5, i64 0}
+!39 = distinct !{!39, !40}
+!40 = !{!"llvm.loop.estimated_trip_count", i32 262144}

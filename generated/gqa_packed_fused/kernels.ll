@@ -15068,9 +15068,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %538, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <32 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <32 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <32 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -15141,1516 +15141,369 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %115 = fcmp one <32 x float> %70, zeroinitializer
   %116 = select <32 x i1> %115, <32 x float> %114, <32 x float> zeroinitializer
   store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !16
-  %117 = fmul <32 x float> %old_sum.i, %95
-  %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
-
-for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
-  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
-  %120 = shl nuw nsw i64 %indvars.iv61.i, 7
-  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
-  %123 = load float, ptr %122, align 16, !tbaa !22
-  %124 = insertelement <16 x float> poison, float %123, i64 0
-  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i = getelementptr float, ptr %119, i64 %120
-  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
-  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
-  %128 = load float, ptr %127, align 16, !tbaa !23
-  %.scalar = fmul float %128, 0.000000e+00
-  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
-  store <16 x float> %131, ptr %121, align 4, !tbaa !8
-  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
-  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 7
-  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
-  %135 = load float, ptr %134, align 4, !tbaa !22
-  %136 = insertelement <16 x float> poison, float %135, i64 0
-  %137 = shufflevector <16 x float> %136, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.1 = getelementptr float, ptr %119, i64 %132
-  %138 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
-  %139 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
-  %140 = load float, ptr %139, align 4, !tbaa !23
-  %.scalar.1 = fmul float %140, 0.000000e+00
-  %141 = insertelement <16 x float> poison, float %.scalar.1, i64 0
-  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
-  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %137, <16 x float> %138, <16 x float> %142)
-  store <16 x float> %143, ptr %133, align 4, !tbaa !8
-  %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
-  %144 = shl nuw nsw i64 %indvars.iv.next62.i.1, 7
-  %145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %144
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
-  %147 = load float, ptr %146, align 8, !tbaa !22
-  %148 = insertelement <16 x float> poison, float %147, i64 0
-  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.2 = getelementptr float, ptr %119, i64 %144
-  %150 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
-  %151 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
-  %152 = load float, ptr %151, align 8, !tbaa !23
-  %.scalar.2 = fmul float %152, 0.000000e+00
-  %153 = insertelement <16 x float> poison, float %.scalar.2, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %150, <16 x float> %154)
-  store <16 x float> %155, ptr %145, align 4, !tbaa !8
-  %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
-  %156 = shl nuw nsw i64 %indvars.iv.next62.i.2, 7
-  %157 = getelementptr inbounds nuw float, ptr %acc.i, i64 %156
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
-  %158 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
-  %159 = load float, ptr %158, align 4, !tbaa !22
-  %160 = insertelement <16 x float> poison, float %159, i64 0
-  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.3 = getelementptr float, ptr %119, i64 %156
-  %162 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
-  %164 = load float, ptr %163, align 4, !tbaa !23
-  %.scalar.3 = fmul float %164, 0.000000e+00
-  %165 = insertelement <16 x float> poison, float %.scalar.3, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %162, <16 x float> %166)
-  store <16 x float> %167, ptr %157, align 4, !tbaa !8
-  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
-  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 32
-  br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
-
-for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
-  %invariant.gep.us.1.i = getelementptr i8, ptr %119, i64 64
-  br label %for_body_r_0.us.us.1.i
-
-for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
-  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
-  %168 = shl nuw nsw i64 %indvars.iv61.1.i, 7
-  %169 = getelementptr inbounds nuw float, ptr %acc.i, i64 %168
-  %170 = getelementptr inbounds nuw i8, ptr %169, i64 64
-  store <16 x float> zeroinitializer, ptr %170, align 4, !tbaa !8
-  %171 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
-  %172 = load float, ptr %171, align 16, !tbaa !22
-  %173 = insertelement <16 x float> poison, float %172, i64 0
-  %174 = shufflevector <16 x float> %173, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %168
-  %175 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %176 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
-  %177 = load float, ptr %176, align 16, !tbaa !23
-  %.scalar30 = fmul float %177, 0.000000e+00
-  %178 = insertelement <16 x float> poison, float %.scalar30, i64 0
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> zeroinitializer
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %175, <16 x float> %179)
-  store <16 x float> %180, ptr %170, align 4, !tbaa !8
-  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
-  %181 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
-  %182 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
-  %183 = getelementptr inbounds nuw i8, ptr %182, i64 64
-  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !8
-  %184 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
-  %185 = load float, ptr %184, align 4, !tbaa !22
-  %186 = insertelement <16 x float> poison, float %185, i64 0
-  %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %181
-  %188 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
-  %189 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
-  %190 = load float, ptr %189, align 4, !tbaa !23
-  %.scalar30.1 = fmul float %190, 0.000000e+00
-  %191 = insertelement <16 x float> poison, float %.scalar30.1, i64 0
-  %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
-  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %188, <16 x float> %192)
-  store <16 x float> %193, ptr %183, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
-  %194 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
-  %195 = getelementptr inbounds nuw float, ptr %acc.i, i64 %194
-  %196 = getelementptr inbounds nuw i8, ptr %195, i64 64
-  store <16 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
-  %197 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
-  %198 = load float, ptr %197, align 8, !tbaa !22
-  %199 = insertelement <16 x float> poison, float %198, i64 0
-  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %194
-  %201 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
-  %203 = load float, ptr %202, align 8, !tbaa !23
-  %.scalar30.2 = fmul float %203, 0.000000e+00
-  %204 = insertelement <16 x float> poison, float %.scalar30.2, i64 0
-  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %201, <16 x float> %205)
-  store <16 x float> %206, ptr %196, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
-  %207 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
-  %208 = getelementptr inbounds nuw float, ptr %acc.i, i64 %207
-  %209 = getelementptr inbounds nuw i8, ptr %208, i64 64
-  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !8
-  %210 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
-  %211 = load float, ptr %210, align 4, !tbaa !22
-  %212 = insertelement <16 x float> poison, float %211, i64 0
-  %213 = shufflevector <16 x float> %212, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %207
-  %214 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
-  %215 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
-  %216 = load float, ptr %215, align 4, !tbaa !23
-  %.scalar30.3 = fmul float %216, 0.000000e+00
-  %217 = insertelement <16 x float> poison, float %.scalar30.3, i64 0
-  %218 = shufflevector <16 x float> %217, <16 x float> poison, <16 x i32> zeroinitializer
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %214, <16 x float> %218)
-  store <16 x float> %219, ptr %209, align 4, !tbaa !8
-  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
-  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
-  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
-
-for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
-  %invariant.gep.us.2.i = getelementptr i8, ptr %119, i64 128
-  br label %for_body_r_0.us.us.2.i
-
-for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
-  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
-  %220 = shl nuw nsw i64 %indvars.iv61.2.i, 7
-  %221 = getelementptr inbounds nuw float, ptr %acc.i, i64 %220
-  %222 = getelementptr inbounds nuw i8, ptr %221, i64 128
-  store <16 x float> zeroinitializer, ptr %222, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
-  %224 = load float, ptr %223, align 16, !tbaa !22
-  %225 = insertelement <16 x float> poison, float %224, i64 0
-  %226 = shufflevector <16 x float> %225, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %220
-  %227 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %228 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
-  %229 = load float, ptr %228, align 16, !tbaa !23
-  %.scalar31 = fmul float %229, 0.000000e+00
-  %230 = insertelement <16 x float> poison, float %.scalar31, i64 0
-  %231 = shufflevector <16 x float> %230, <16 x float> poison, <16 x i32> zeroinitializer
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> %227, <16 x float> %231)
-  store <16 x float> %232, ptr %222, align 4, !tbaa !8
-  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
-  %233 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
-  %234 = getelementptr inbounds nuw float, ptr %acc.i, i64 %233
-  %235 = getelementptr inbounds nuw i8, ptr %234, i64 128
-  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
-  %236 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
-  %237 = load float, ptr %236, align 4, !tbaa !22
-  %238 = insertelement <16 x float> poison, float %237, i64 0
-  %239 = shufflevector <16 x float> %238, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %233
-  %240 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
-  %241 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
-  %242 = load float, ptr %241, align 4, !tbaa !23
-  %.scalar31.1 = fmul float %242, 0.000000e+00
-  %243 = insertelement <16 x float> poison, float %.scalar31.1, i64 0
-  %244 = shufflevector <16 x float> %243, <16 x float> poison, <16 x i32> zeroinitializer
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %239, <16 x float> %240, <16 x float> %244)
-  store <16 x float> %245, ptr %235, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
-  %246 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
-  %247 = getelementptr inbounds nuw float, ptr %acc.i, i64 %246
-  %248 = getelementptr inbounds nuw i8, ptr %247, i64 128
-  store <16 x float> zeroinitializer, ptr %248, align 4, !tbaa !8
-  %249 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
-  %250 = load float, ptr %249, align 8, !tbaa !22
-  %251 = insertelement <16 x float> poison, float %250, i64 0
-  %252 = shufflevector <16 x float> %251, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %246
-  %253 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
-  %254 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
-  %255 = load float, ptr %254, align 8, !tbaa !23
-  %.scalar31.2 = fmul float %255, 0.000000e+00
-  %256 = insertelement <16 x float> poison, float %.scalar31.2, i64 0
-  %257 = shufflevector <16 x float> %256, <16 x float> poison, <16 x i32> zeroinitializer
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %252, <16 x float> %253, <16 x float> %257)
-  store <16 x float> %258, ptr %248, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
-  %259 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
-  %260 = getelementptr inbounds nuw float, ptr %acc.i, i64 %259
-  %261 = getelementptr inbounds nuw i8, ptr %260, i64 128
-  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !8
-  %262 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
-  %263 = load float, ptr %262, align 4, !tbaa !22
-  %264 = insertelement <16 x float> poison, float %263, i64 0
-  %265 = shufflevector <16 x float> %264, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %259
-  %266 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
-  %267 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
-  %268 = load float, ptr %267, align 4, !tbaa !23
-  %.scalar31.3 = fmul float %268, 0.000000e+00
-  %269 = insertelement <16 x float> poison, float %.scalar31.3, i64 0
-  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %266, <16 x float> %270)
-  store <16 x float> %271, ptr %261, align 4, !tbaa !8
-  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
-  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
-  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !28
-
-for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
-  %invariant.gep.us.3.i = getelementptr i8, ptr %119, i64 192
-  br label %for_body_r_0.us.us.3.i
-
-for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
-  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
-  %272 = shl nuw nsw i64 %indvars.iv61.3.i, 7
-  %273 = getelementptr inbounds nuw float, ptr %acc.i, i64 %272
-  %274 = getelementptr inbounds nuw i8, ptr %273, i64 192
-  store <16 x float> zeroinitializer, ptr %274, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
-  %276 = load float, ptr %275, align 16, !tbaa !22
-  %277 = insertelement <16 x float> poison, float %276, i64 0
-  %278 = shufflevector <16 x float> %277, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %272
-  %279 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
-  %281 = load float, ptr %280, align 16, !tbaa !23
-  %.scalar32 = fmul float %281, 0.000000e+00
-  %282 = insertelement <16 x float> poison, float %.scalar32, i64 0
-  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
-  %284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %278, <16 x float> %279, <16 x float> %283)
-  store <16 x float> %284, ptr %274, align 4, !tbaa !8
-  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
-  %285 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
-  %286 = getelementptr inbounds nuw float, ptr %acc.i, i64 %285
-  %287 = getelementptr inbounds nuw i8, ptr %286, i64 192
-  store <16 x float> zeroinitializer, ptr %287, align 4, !tbaa !8
-  %288 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
-  %289 = load float, ptr %288, align 4, !tbaa !22
-  %290 = insertelement <16 x float> poison, float %289, i64 0
-  %291 = shufflevector <16 x float> %290, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %285
-  %292 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
-  %293 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
-  %294 = load float, ptr %293, align 4, !tbaa !23
-  %.scalar32.1 = fmul float %294, 0.000000e+00
-  %295 = insertelement <16 x float> poison, float %.scalar32.1, i64 0
-  %296 = shufflevector <16 x float> %295, <16 x float> poison, <16 x i32> zeroinitializer
-  %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %292, <16 x float> %296)
-  store <16 x float> %297, ptr %287, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
-  %298 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
-  %299 = getelementptr inbounds nuw float, ptr %acc.i, i64 %298
-  %300 = getelementptr inbounds nuw i8, ptr %299, i64 192
-  store <16 x float> zeroinitializer, ptr %300, align 4, !tbaa !8
-  %301 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
-  %302 = load float, ptr %301, align 8, !tbaa !22
-  %303 = insertelement <16 x float> poison, float %302, i64 0
-  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %298
-  %305 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
-  %306 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
-  %307 = load float, ptr %306, align 8, !tbaa !23
-  %.scalar32.2 = fmul float %307, 0.000000e+00
-  %308 = insertelement <16 x float> poison, float %.scalar32.2, i64 0
-  %309 = shufflevector <16 x float> %308, <16 x float> poison, <16 x i32> zeroinitializer
-  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %305, <16 x float> %309)
-  store <16 x float> %310, ptr %300, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
-  %311 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
-  %312 = getelementptr inbounds nuw float, ptr %acc.i, i64 %311
-  %313 = getelementptr inbounds nuw i8, ptr %312, i64 192
-  store <16 x float> zeroinitializer, ptr %313, align 4, !tbaa !8
-  %314 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
-  %315 = load float, ptr %314, align 4, !tbaa !22
-  %316 = insertelement <16 x float> poison, float %315, i64 0
-  %317 = shufflevector <16 x float> %316, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %311
-  %318 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
-  %319 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
-  %320 = load float, ptr %319, align 4, !tbaa !23
-  %.scalar32.3 = fmul float %320, 0.000000e+00
-  %321 = insertelement <16 x float> poison, float %.scalar32.3, i64 0
-  %322 = shufflevector <16 x float> %321, <16 x float> poison, <16 x i32> zeroinitializer
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %318, <16 x float> %322)
-  store <16 x float> %323, ptr %313, align 4, !tbaa !8
-  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
-  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
-  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !29
-
-for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
-  %invariant.gep.us.4.i = getelementptr i8, ptr %119, i64 256
-  br label %for_body_r_0.us.us.4.i
-
-for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
-  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
-  %324 = shl nuw nsw i64 %indvars.iv61.4.i, 7
-  %325 = getelementptr inbounds nuw float, ptr %acc.i, i64 %324
-  %326 = getelementptr inbounds nuw i8, ptr %325, i64 256
-  store <16 x float> zeroinitializer, ptr %326, align 4, !tbaa !8
-  %327 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
-  %328 = load float, ptr %327, align 16, !tbaa !22
-  %329 = insertelement <16 x float> poison, float %328, i64 0
-  %330 = shufflevector <16 x float> %329, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %324
-  %331 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %332 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
-  %333 = load float, ptr %332, align 16, !tbaa !23
-  %.scalar33 = fmul float %333, 0.000000e+00
-  %334 = insertelement <16 x float> poison, float %.scalar33, i64 0
-  %335 = shufflevector <16 x float> %334, <16 x float> poison, <16 x i32> zeroinitializer
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %331, <16 x float> %335)
-  store <16 x float> %336, ptr %326, align 4, !tbaa !8
-  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
-  %337 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
-  %338 = getelementptr inbounds nuw float, ptr %acc.i, i64 %337
-  %339 = getelementptr inbounds nuw i8, ptr %338, i64 256
-  store <16 x float> zeroinitializer, ptr %339, align 4, !tbaa !8
-  %340 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
-  %341 = load float, ptr %340, align 4, !tbaa !22
-  %342 = insertelement <16 x float> poison, float %341, i64 0
-  %343 = shufflevector <16 x float> %342, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %337
-  %344 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
-  %345 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
-  %346 = load float, ptr %345, align 4, !tbaa !23
-  %.scalar33.1 = fmul float %346, 0.000000e+00
-  %347 = insertelement <16 x float> poison, float %.scalar33.1, i64 0
-  %348 = shufflevector <16 x float> %347, <16 x float> poison, <16 x i32> zeroinitializer
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %344, <16 x float> %348)
-  store <16 x float> %349, ptr %339, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
-  %350 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
-  %351 = getelementptr inbounds nuw float, ptr %acc.i, i64 %350
-  %352 = getelementptr inbounds nuw i8, ptr %351, i64 256
-  store <16 x float> zeroinitializer, ptr %352, align 4, !tbaa !8
-  %353 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
-  %354 = load float, ptr %353, align 8, !tbaa !22
-  %355 = insertelement <16 x float> poison, float %354, i64 0
-  %356 = shufflevector <16 x float> %355, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %350
-  %357 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
-  %358 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
-  %359 = load float, ptr %358, align 8, !tbaa !23
-  %.scalar33.2 = fmul float %359, 0.000000e+00
-  %360 = insertelement <16 x float> poison, float %.scalar33.2, i64 0
-  %361 = shufflevector <16 x float> %360, <16 x float> poison, <16 x i32> zeroinitializer
-  %362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %356, <16 x float> %357, <16 x float> %361)
-  store <16 x float> %362, ptr %352, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
-  %363 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
-  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %363
-  %365 = getelementptr inbounds nuw i8, ptr %364, i64 256
-  store <16 x float> zeroinitializer, ptr %365, align 4, !tbaa !8
-  %366 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
-  %367 = load float, ptr %366, align 4, !tbaa !22
-  %368 = insertelement <16 x float> poison, float %367, i64 0
-  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %363
-  %370 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
-  %371 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
-  %372 = load float, ptr %371, align 4, !tbaa !23
-  %.scalar33.3 = fmul float %372, 0.000000e+00
-  %373 = insertelement <16 x float> poison, float %.scalar33.3, i64 0
-  %374 = shufflevector <16 x float> %373, <16 x float> poison, <16 x i32> zeroinitializer
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %370, <16 x float> %374)
-  store <16 x float> %375, ptr %365, align 4, !tbaa !8
-  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
-  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
-  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !30
-
-for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
-  %invariant.gep.us.5.i = getelementptr i8, ptr %119, i64 320
-  br label %for_body_r_0.us.us.5.i
-
-for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
-  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
-  %376 = shl nuw nsw i64 %indvars.iv61.5.i, 7
-  %377 = getelementptr inbounds nuw float, ptr %acc.i, i64 %376
-  %378 = getelementptr inbounds nuw i8, ptr %377, i64 320
-  store <16 x float> zeroinitializer, ptr %378, align 4, !tbaa !8
-  %379 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
-  %380 = load float, ptr %379, align 16, !tbaa !22
-  %381 = insertelement <16 x float> poison, float %380, i64 0
-  %382 = shufflevector <16 x float> %381, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %376
-  %383 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %384 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
-  %385 = load float, ptr %384, align 16, !tbaa !23
-  %.scalar34 = fmul float %385, 0.000000e+00
-  %386 = insertelement <16 x float> poison, float %.scalar34, i64 0
-  %387 = shufflevector <16 x float> %386, <16 x float> poison, <16 x i32> zeroinitializer
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %382, <16 x float> %383, <16 x float> %387)
-  store <16 x float> %388, ptr %378, align 4, !tbaa !8
-  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
-  %389 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
-  %390 = getelementptr inbounds nuw float, ptr %acc.i, i64 %389
-  %391 = getelementptr inbounds nuw i8, ptr %390, i64 320
-  store <16 x float> zeroinitializer, ptr %391, align 4, !tbaa !8
-  %392 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
-  %393 = load float, ptr %392, align 4, !tbaa !22
-  %394 = insertelement <16 x float> poison, float %393, i64 0
-  %395 = shufflevector <16 x float> %394, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %389
-  %396 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
-  %397 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
-  %398 = load float, ptr %397, align 4, !tbaa !23
-  %.scalar34.1 = fmul float %398, 0.000000e+00
-  %399 = insertelement <16 x float> poison, float %.scalar34.1, i64 0
-  %400 = shufflevector <16 x float> %399, <16 x float> poison, <16 x i32> zeroinitializer
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %396, <16 x float> %400)
-  store <16 x float> %401, ptr %391, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
-  %402 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
-  %403 = getelementptr inbounds nuw float, ptr %acc.i, i64 %402
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 320
-  store <16 x float> zeroinitializer, ptr %404, align 4, !tbaa !8
-  %405 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
-  %406 = load float, ptr %405, align 8, !tbaa !22
-  %407 = insertelement <16 x float> poison, float %406, i64 0
-  %408 = shufflevector <16 x float> %407, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %402
-  %409 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
-  %410 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
-  %411 = load float, ptr %410, align 8, !tbaa !23
-  %.scalar34.2 = fmul float %411, 0.000000e+00
-  %412 = insertelement <16 x float> poison, float %.scalar34.2, i64 0
-  %413 = shufflevector <16 x float> %412, <16 x float> poison, <16 x i32> zeroinitializer
-  %414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %409, <16 x float> %413)
-  store <16 x float> %414, ptr %404, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
-  %415 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
-  %416 = getelementptr inbounds nuw float, ptr %acc.i, i64 %415
-  %417 = getelementptr inbounds nuw i8, ptr %416, i64 320
-  store <16 x float> zeroinitializer, ptr %417, align 4, !tbaa !8
-  %418 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
-  %419 = load float, ptr %418, align 4, !tbaa !22
-  %420 = insertelement <16 x float> poison, float %419, i64 0
-  %421 = shufflevector <16 x float> %420, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %415
-  %422 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
-  %423 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
-  %424 = load float, ptr %423, align 4, !tbaa !23
-  %.scalar34.3 = fmul float %424, 0.000000e+00
-  %425 = insertelement <16 x float> poison, float %.scalar34.3, i64 0
-  %426 = shufflevector <16 x float> %425, <16 x float> poison, <16 x i32> zeroinitializer
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %422, <16 x float> %426)
-  store <16 x float> %427, ptr %417, align 4, !tbaa !8
-  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
-  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
-  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !31
-
-for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
-  %invariant.gep.us.6.i = getelementptr i8, ptr %119, i64 384
-  br label %for_body_r_0.us.us.6.i
-
-for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
-  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
-  %428 = shl nuw nsw i64 %indvars.iv61.6.i, 7
-  %429 = getelementptr inbounds nuw float, ptr %acc.i, i64 %428
-  %430 = getelementptr inbounds nuw i8, ptr %429, i64 384
-  store <16 x float> zeroinitializer, ptr %430, align 4, !tbaa !8
-  %431 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
-  %432 = load float, ptr %431, align 16, !tbaa !22
-  %433 = insertelement <16 x float> poison, float %432, i64 0
-  %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %428
-  %435 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %436 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
-  %437 = load float, ptr %436, align 16, !tbaa !23
-  %.scalar35 = fmul float %437, 0.000000e+00
-  %438 = insertelement <16 x float> poison, float %.scalar35, i64 0
-  %439 = shufflevector <16 x float> %438, <16 x float> poison, <16 x i32> zeroinitializer
-  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %435, <16 x float> %439)
-  store <16 x float> %440, ptr %430, align 4, !tbaa !8
-  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
-  %441 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
-  %442 = getelementptr inbounds nuw float, ptr %acc.i, i64 %441
-  %443 = getelementptr inbounds nuw i8, ptr %442, i64 384
-  store <16 x float> zeroinitializer, ptr %443, align 4, !tbaa !8
-  %444 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
-  %445 = load float, ptr %444, align 4, !tbaa !22
-  %446 = insertelement <16 x float> poison, float %445, i64 0
-  %447 = shufflevector <16 x float> %446, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %441
-  %448 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
-  %449 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
-  %450 = load float, ptr %449, align 4, !tbaa !23
-  %.scalar35.1 = fmul float %450, 0.000000e+00
-  %451 = insertelement <16 x float> poison, float %.scalar35.1, i64 0
-  %452 = shufflevector <16 x float> %451, <16 x float> poison, <16 x i32> zeroinitializer
-  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %448, <16 x float> %452)
-  store <16 x float> %453, ptr %443, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
-  %454 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
-  %455 = getelementptr inbounds nuw float, ptr %acc.i, i64 %454
-  %456 = getelementptr inbounds nuw i8, ptr %455, i64 384
-  store <16 x float> zeroinitializer, ptr %456, align 4, !tbaa !8
-  %457 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
-  %458 = load float, ptr %457, align 8, !tbaa !22
-  %459 = insertelement <16 x float> poison, float %458, i64 0
-  %460 = shufflevector <16 x float> %459, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %454
-  %461 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
-  %462 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
-  %463 = load float, ptr %462, align 8, !tbaa !23
-  %.scalar35.2 = fmul float %463, 0.000000e+00
-  %464 = insertelement <16 x float> poison, float %.scalar35.2, i64 0
-  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %461, <16 x float> %465)
-  store <16 x float> %466, ptr %456, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
-  %467 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
-  %468 = getelementptr inbounds nuw float, ptr %acc.i, i64 %467
-  %469 = getelementptr inbounds nuw i8, ptr %468, i64 384
-  store <16 x float> zeroinitializer, ptr %469, align 4, !tbaa !8
-  %470 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
-  %471 = load float, ptr %470, align 4, !tbaa !22
-  %472 = insertelement <16 x float> poison, float %471, i64 0
-  %473 = shufflevector <16 x float> %472, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %467
-  %474 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
-  %475 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
-  %476 = load float, ptr %475, align 4, !tbaa !23
-  %.scalar35.3 = fmul float %476, 0.000000e+00
-  %477 = insertelement <16 x float> poison, float %.scalar35.3, i64 0
-  %478 = shufflevector <16 x float> %477, <16 x float> poison, <16 x i32> zeroinitializer
-  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %474, <16 x float> %478)
-  store <16 x float> %479, ptr %469, align 4, !tbaa !8
-  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
-  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
-  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !32
-
-for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
-  %invariant.gep.us.7.i = getelementptr i8, ptr %119, i64 448
-  br label %for_body_r_0.us.us.7.i
-
-for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
-  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
-  %480 = shl nuw nsw i64 %indvars.iv61.7.i, 7
-  %481 = getelementptr inbounds nuw float, ptr %acc.i, i64 %480
-  %482 = getelementptr inbounds nuw i8, ptr %481, i64 448
-  store <16 x float> zeroinitializer, ptr %482, align 4, !tbaa !8
-  %483 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
-  %484 = load float, ptr %483, align 16, !tbaa !22
-  %485 = insertelement <16 x float> poison, float %484, i64 0
-  %486 = shufflevector <16 x float> %485, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %480
-  %487 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %488 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
-  %489 = load float, ptr %488, align 16, !tbaa !23
-  %.scalar36 = fmul float %489, 0.000000e+00
-  %490 = insertelement <16 x float> poison, float %.scalar36, i64 0
-  %491 = shufflevector <16 x float> %490, <16 x float> poison, <16 x i32> zeroinitializer
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %486, <16 x float> %487, <16 x float> %491)
-  store <16 x float> %492, ptr %482, align 4, !tbaa !8
-  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
-  %493 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
-  %494 = getelementptr inbounds nuw float, ptr %acc.i, i64 %493
-  %495 = getelementptr inbounds nuw i8, ptr %494, i64 448
-  store <16 x float> zeroinitializer, ptr %495, align 4, !tbaa !8
-  %496 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
-  %497 = load float, ptr %496, align 4, !tbaa !22
-  %498 = insertelement <16 x float> poison, float %497, i64 0
-  %499 = shufflevector <16 x float> %498, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %493
-  %500 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
-  %501 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
-  %502 = load float, ptr %501, align 4, !tbaa !23
-  %.scalar36.1 = fmul float %502, 0.000000e+00
-  %503 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
-  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
-  %505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %499, <16 x float> %500, <16 x float> %504)
-  store <16 x float> %505, ptr %495, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
-  %506 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
-  %507 = getelementptr inbounds nuw float, ptr %acc.i, i64 %506
-  %508 = getelementptr inbounds nuw i8, ptr %507, i64 448
-  store <16 x float> zeroinitializer, ptr %508, align 4, !tbaa !8
-  %509 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
-  %510 = load float, ptr %509, align 8, !tbaa !22
-  %511 = insertelement <16 x float> poison, float %510, i64 0
-  %512 = shufflevector <16 x float> %511, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %506
-  %513 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
-  %514 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
-  %515 = load float, ptr %514, align 8, !tbaa !23
-  %.scalar36.2 = fmul float %515, 0.000000e+00
-  %516 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
-  %517 = shufflevector <16 x float> %516, <16 x float> poison, <16 x i32> zeroinitializer
-  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %512, <16 x float> %513, <16 x float> %517)
-  store <16 x float> %518, ptr %508, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
-  %519 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
-  %520 = getelementptr inbounds nuw float, ptr %acc.i, i64 %519
-  %521 = getelementptr inbounds nuw i8, ptr %520, i64 448
-  store <16 x float> zeroinitializer, ptr %521, align 4, !tbaa !8
-  %522 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
-  %523 = load float, ptr %522, align 4, !tbaa !22
-  %524 = insertelement <16 x float> poison, float %523, i64 0
-  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %519
-  %526 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
-  %527 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
-  %528 = load float, ptr %527, align 4, !tbaa !23
-  %.scalar36.3 = fmul float %528, 0.000000e+00
-  %529 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
-  %530 = shufflevector <16 x float> %529, <16 x float> poison, <16 x i32> zeroinitializer
-  %531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %526, <16 x float> %530)
-  store <16 x float> %531, ptr %521, align 4, !tbaa !8
-  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
-  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
-  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !33
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_r_0.preheader.i
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %532 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %533 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %534 = select <32 x i1> %533, <32 x float> zeroinitializer, <32 x float> %532
-  store <32 x float> %534, ptr %factor34.i, align 16, !tbaa !34
+  %118 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %120 = select <32 x i1> %119, <32 x float> zeroinitializer, <32 x float> %118
+  store <32 x float> %120, ptr %factor34.i, align 16, !tbaa !22
   %sext = shl i64 %20, 32
-  %535 = ashr exact i64 %sext, 32
-  %536 = mul nsw i64 %out_batch, %535
-  %537 = getelementptr i16, ptr %out, i64 %536
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr i16, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
-  %538 = add nuw nsw i32 %step46.i, 1
-  %exitcond69.not.i = icmp eq i32 %538, %num_partials
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !40
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 4
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep75.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  br label %for_body_r_0.i
 
-for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
-  %539 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %540 = load float, ptr %539, align 16, !tbaa !22
-  %541 = insertelement <16 x float> poison, float %540, i64 0
-  %542 = shufflevector <16 x float> %541, <16 x float> poison, <16 x i32> zeroinitializer
-  %543 = shl nuw nsw i64 %indvars.iv.i, 7
-  %gep.i = getelementptr float, ptr %119, i64 %543
-  %544 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
-  %545 = getelementptr inbounds nuw float, ptr %acc.i, i64 %543
-  %546 = load <16 x float>, ptr %545, align 4, !tbaa !8
-  %547 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %548 = load float, ptr %547, align 16, !tbaa !23
-  %549 = insertelement <16 x float> poison, float %548, i64 0
-  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
-  %551 = fmul <16 x float> %546, %550
-  %552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %542, <16 x float> %544, <16 x float> %551)
-  store <16 x float> %552, ptr %545, align 4, !tbaa !8
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <32 x float> %old_sum.i, %95
+  %126 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !28
+
+for_body_r_0.i:                                   ; preds = %if_end18.i.3, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.3, %if_end18.i.3 ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep76.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <16 x float>, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+for_end_r_0.i:                                    ; preds = %if_end18.i.3
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 8
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !29
+
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <16 x float> zeroinitializer, ptr %gep76.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 16, !tbaa !30
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep78.i = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 16, !tbaa !31
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = fmul <16 x float> %129, %138
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %134, <16 x float> %139)
+  store <16 x float> %140, ptr %gep78.i, align 4, !tbaa !8
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %553 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
-  %554 = load float, ptr %553, align 4, !tbaa !22
-  %555 = insertelement <16 x float> poison, float %554, i64 0
-  %556 = shufflevector <16 x float> %555, <16 x float> poison, <16 x i32> zeroinitializer
-  %557 = shl nuw nsw i64 %indvars.iv.next.i, 7
-  %gep.i.1 = getelementptr float, ptr %119, i64 %557
-  %558 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
-  %559 = getelementptr inbounds nuw float, ptr %acc.i, i64 %557
-  %560 = load <16 x float>, ptr %559, align 4, !tbaa !8
-  %561 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
-  %562 = load float, ptr %561, align 4, !tbaa !23
-  %563 = insertelement <16 x float> poison, float %562, i64 0
-  %564 = shufflevector <16 x float> %563, <16 x float> poison, <16 x i32> zeroinitializer
-  %565 = fmul <16 x float> %560, %564
-  %566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %556, <16 x float> %558, <16 x float> %565)
-  store <16 x float> %566, ptr %559, align 4, !tbaa !8
+  %141 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep76.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  br i1 %60, label %if_then17.i.1, label %for_body_r_0.i.if_end18.i_crit_edge.1, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.1:            ; preds = %if_end18.i
+  %.pre.1 = load <16 x float>, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_then17.i.1:                                    ; preds = %if_end18.i
+  store <16 x float> zeroinitializer, ptr %gep76.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_end18.i.1:                                     ; preds = %if_then17.i.1, %for_body_r_0.i.if_end18.i_crit_edge.1
+  %142 = phi <16 x float> [ %.pre.1, %for_body_r_0.i.if_end18.i_crit_edge.1 ], [ zeroinitializer, %if_then17.i.1 ]
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %144 = load float, ptr %143, align 4, !tbaa !30
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %141
+  %147 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep78.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %141
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %149 = load float, ptr %148, align 4, !tbaa !31
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = fmul <16 x float> %142, %151
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %152)
+  store <16 x float> %153, ptr %gep78.i.1, align 4, !tbaa !8
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
-  %567 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
-  %568 = load float, ptr %567, align 8, !tbaa !22
-  %569 = insertelement <16 x float> poison, float %568, i64 0
-  %570 = shufflevector <16 x float> %569, <16 x float> poison, <16 x i32> zeroinitializer
-  %571 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
-  %gep.i.2 = getelementptr float, ptr %119, i64 %571
-  %572 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
-  %573 = getelementptr inbounds nuw float, ptr %acc.i, i64 %571
-  %574 = load <16 x float>, ptr %573, align 4, !tbaa !8
-  %575 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
-  %576 = load float, ptr %575, align 8, !tbaa !23
-  %577 = insertelement <16 x float> poison, float %576, i64 0
-  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
-  %579 = fmul <16 x float> %574, %578
-  %580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %570, <16 x float> %572, <16 x float> %579)
-  store <16 x float> %580, ptr %573, align 4, !tbaa !8
+  %154 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
+  %gep76.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %154
+  br i1 %60, label %if_then17.i.2, label %for_body_r_0.i.if_end18.i_crit_edge.2, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.2:            ; preds = %if_end18.i.1
+  %.pre.2 = load <16 x float>, ptr %gep76.i.2, align 4, !tbaa !8
+  br label %if_end18.i.2
+
+if_then17.i.2:                                    ; preds = %if_end18.i.1
+  store <16 x float> zeroinitializer, ptr %gep76.i.2, align 4, !tbaa !8
+  br label %if_end18.i.2
+
+if_end18.i.2:                                     ; preds = %if_then17.i.2, %for_body_r_0.i.if_end18.i_crit_edge.2
+  %155 = phi <16 x float> [ %.pre.2, %for_body_r_0.i.if_end18.i_crit_edge.2 ], [ zeroinitializer, %if_then17.i.2 ]
+  %156 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %157 = load float, ptr %156, align 8, !tbaa !30
+  %158 = insertelement <16 x float> poison, float %157, i64 0
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %154
+  %160 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %gep78.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %154
+  %161 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %162 = load float, ptr %161, align 8, !tbaa !31
+  %163 = insertelement <16 x float> poison, float %162, i64 0
+  %164 = shufflevector <16 x float> %163, <16 x float> poison, <16 x i32> zeroinitializer
+  %165 = fmul <16 x float> %155, %164
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %160, <16 x float> %165)
+  store <16 x float> %166, ptr %gep78.i.2, align 4, !tbaa !8
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
-  %581 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
-  %582 = load float, ptr %581, align 4, !tbaa !22
-  %583 = insertelement <16 x float> poison, float %582, i64 0
-  %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
-  %585 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
-  %gep.i.3 = getelementptr float, ptr %119, i64 %585
-  %586 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
-  %587 = getelementptr inbounds nuw float, ptr %acc.i, i64 %585
-  %588 = load <16 x float>, ptr %587, align 4, !tbaa !8
-  %589 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
-  %590 = load float, ptr %589, align 4, !tbaa !23
-  %591 = insertelement <16 x float> poison, float %590, i64 0
-  %592 = shufflevector <16 x float> %591, <16 x float> poison, <16 x i32> zeroinitializer
-  %593 = fmul <16 x float> %588, %592
-  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %586, <16 x float> %593)
-  store <16 x float> %594, ptr %587, align 4, !tbaa !8
+  %167 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
+  %gep76.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %167
+  br i1 %60, label %if_then17.i.3, label %for_body_r_0.i.if_end18.i_crit_edge.3, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.3:            ; preds = %if_end18.i.2
+  %.pre.3 = load <16 x float>, ptr %gep76.i.3, align 4, !tbaa !8
+  br label %if_end18.i.3
+
+if_then17.i.3:                                    ; preds = %if_end18.i.2
+  store <16 x float> zeroinitializer, ptr %gep76.i.3, align 4, !tbaa !8
+  br label %if_end18.i.3
+
+if_end18.i.3:                                     ; preds = %if_then17.i.3, %for_body_r_0.i.if_end18.i_crit_edge.3
+  %168 = phi <16 x float> [ %.pre.3, %for_body_r_0.i.if_end18.i_crit_edge.3 ], [ zeroinitializer, %if_then17.i.3 ]
+  %169 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %170 = load float, ptr %169, align 4, !tbaa !30
+  %171 = insertelement <16 x float> poison, float %170, i64 0
+  %172 = shufflevector <16 x float> %171, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %167
+  %173 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %gep78.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep75.i, i64 %167
+  %174 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %175 = load float, ptr %174, align 4, !tbaa !31
+  %176 = insertelement <16 x float> poison, float %175, i64 0
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> zeroinitializer
+  %178 = fmul <16 x float> %168, %177
+  %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %172, <16 x float> %173, <16 x float> %178)
+  store <16 x float> %179, ptr %gep78.i.3, align 4, !tbaa !8
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
-  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !41
-
-for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
-  %invariant.gep.1.i = getelementptr i8, ptr %119, i64 64
-  br label %for_body_r_0.1.i
-
-for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
-  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
-  %595 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
-  %596 = load float, ptr %595, align 16, !tbaa !22
-  %597 = insertelement <16 x float> poison, float %596, i64 0
-  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
-  %599 = shl nuw nsw i64 %indvars.iv.1.i, 7
-  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %599
-  %600 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %601 = getelementptr inbounds nuw float, ptr %acc.i, i64 %599
-  %602 = getelementptr inbounds nuw i8, ptr %601, i64 64
-  %603 = load <16 x float>, ptr %602, align 4, !tbaa !8
-  %604 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
-  %605 = load float, ptr %604, align 16, !tbaa !23
-  %606 = insertelement <16 x float> poison, float %605, i64 0
-  %607 = shufflevector <16 x float> %606, <16 x float> poison, <16 x i32> zeroinitializer
-  %608 = fmul <16 x float> %603, %607
-  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %600, <16 x float> %608)
-  store <16 x float> %609, ptr %602, align 4, !tbaa !8
-  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
-  %610 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
-  %611 = load float, ptr %610, align 4, !tbaa !22
-  %612 = insertelement <16 x float> poison, float %611, i64 0
-  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
-  %614 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
-  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %614
-  %615 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
-  %616 = getelementptr inbounds nuw float, ptr %acc.i, i64 %614
-  %617 = getelementptr inbounds nuw i8, ptr %616, i64 64
-  %618 = load <16 x float>, ptr %617, align 4, !tbaa !8
-  %619 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
-  %620 = load float, ptr %619, align 4, !tbaa !23
-  %621 = insertelement <16 x float> poison, float %620, i64 0
-  %622 = shufflevector <16 x float> %621, <16 x float> poison, <16 x i32> zeroinitializer
-  %623 = fmul <16 x float> %618, %622
-  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %615, <16 x float> %623)
-  store <16 x float> %624, ptr %617, align 4, !tbaa !8
-  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
-  %625 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
-  %626 = load float, ptr %625, align 8, !tbaa !22
-  %627 = insertelement <16 x float> poison, float %626, i64 0
-  %628 = shufflevector <16 x float> %627, <16 x float> poison, <16 x i32> zeroinitializer
-  %629 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
-  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %629
-  %630 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
-  %631 = getelementptr inbounds nuw float, ptr %acc.i, i64 %629
-  %632 = getelementptr inbounds nuw i8, ptr %631, i64 64
-  %633 = load <16 x float>, ptr %632, align 4, !tbaa !8
-  %634 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
-  %635 = load float, ptr %634, align 8, !tbaa !23
-  %636 = insertelement <16 x float> poison, float %635, i64 0
-  %637 = shufflevector <16 x float> %636, <16 x float> poison, <16 x i32> zeroinitializer
-  %638 = fmul <16 x float> %633, %637
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %630, <16 x float> %638)
-  store <16 x float> %639, ptr %632, align 4, !tbaa !8
-  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
-  %640 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
-  %641 = load float, ptr %640, align 4, !tbaa !22
-  %642 = insertelement <16 x float> poison, float %641, i64 0
-  %643 = shufflevector <16 x float> %642, <16 x float> poison, <16 x i32> zeroinitializer
-  %644 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
-  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %644
-  %645 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
-  %646 = getelementptr inbounds nuw float, ptr %acc.i, i64 %644
-  %647 = getelementptr inbounds nuw i8, ptr %646, i64 64
-  %648 = load <16 x float>, ptr %647, align 4, !tbaa !8
-  %649 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
-  %650 = load float, ptr %649, align 4, !tbaa !23
-  %651 = insertelement <16 x float> poison, float %650, i64 0
-  %652 = shufflevector <16 x float> %651, <16 x float> poison, <16 x i32> zeroinitializer
-  %653 = fmul <16 x float> %648, %652
-  %654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %645, <16 x float> %653)
-  store <16 x float> %654, ptr %647, align 4, !tbaa !8
-  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
-  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
-  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !42
-
-for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
-  %invariant.gep.2.i = getelementptr i8, ptr %119, i64 128
-  br label %for_body_r_0.2.i
-
-for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
-  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
-  %655 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
-  %656 = load float, ptr %655, align 16, !tbaa !22
-  %657 = insertelement <16 x float> poison, float %656, i64 0
-  %658 = shufflevector <16 x float> %657, <16 x float> poison, <16 x i32> zeroinitializer
-  %659 = shl nuw nsw i64 %indvars.iv.2.i, 7
-  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %659
-  %660 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %661 = getelementptr inbounds nuw float, ptr %acc.i, i64 %659
-  %662 = getelementptr inbounds nuw i8, ptr %661, i64 128
-  %663 = load <16 x float>, ptr %662, align 4, !tbaa !8
-  %664 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
-  %665 = load float, ptr %664, align 16, !tbaa !23
-  %666 = insertelement <16 x float> poison, float %665, i64 0
-  %667 = shufflevector <16 x float> %666, <16 x float> poison, <16 x i32> zeroinitializer
-  %668 = fmul <16 x float> %663, %667
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %660, <16 x float> %668)
-  store <16 x float> %669, ptr %662, align 4, !tbaa !8
-  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
-  %670 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
-  %671 = load float, ptr %670, align 4, !tbaa !22
-  %672 = insertelement <16 x float> poison, float %671, i64 0
-  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
-  %674 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
-  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %674
-  %675 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
-  %676 = getelementptr inbounds nuw float, ptr %acc.i, i64 %674
-  %677 = getelementptr inbounds nuw i8, ptr %676, i64 128
-  %678 = load <16 x float>, ptr %677, align 4, !tbaa !8
-  %679 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
-  %680 = load float, ptr %679, align 4, !tbaa !23
-  %681 = insertelement <16 x float> poison, float %680, i64 0
-  %682 = shufflevector <16 x float> %681, <16 x float> poison, <16 x i32> zeroinitializer
-  %683 = fmul <16 x float> %678, %682
-  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %675, <16 x float> %683)
-  store <16 x float> %684, ptr %677, align 4, !tbaa !8
-  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
-  %685 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
-  %686 = load float, ptr %685, align 8, !tbaa !22
-  %687 = insertelement <16 x float> poison, float %686, i64 0
-  %688 = shufflevector <16 x float> %687, <16 x float> poison, <16 x i32> zeroinitializer
-  %689 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
-  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %689
-  %690 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
-  %691 = getelementptr inbounds nuw float, ptr %acc.i, i64 %689
-  %692 = getelementptr inbounds nuw i8, ptr %691, i64 128
-  %693 = load <16 x float>, ptr %692, align 4, !tbaa !8
-  %694 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
-  %695 = load float, ptr %694, align 8, !tbaa !23
-  %696 = insertelement <16 x float> poison, float %695, i64 0
-  %697 = shufflevector <16 x float> %696, <16 x float> poison, <16 x i32> zeroinitializer
-  %698 = fmul <16 x float> %693, %697
-  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %698)
-  store <16 x float> %699, ptr %692, align 4, !tbaa !8
-  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
-  %700 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
-  %701 = load float, ptr %700, align 4, !tbaa !22
-  %702 = insertelement <16 x float> poison, float %701, i64 0
-  %703 = shufflevector <16 x float> %702, <16 x float> poison, <16 x i32> zeroinitializer
-  %704 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
-  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %704
-  %705 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
-  %706 = getelementptr inbounds nuw float, ptr %acc.i, i64 %704
-  %707 = getelementptr inbounds nuw i8, ptr %706, i64 128
-  %708 = load <16 x float>, ptr %707, align 4, !tbaa !8
-  %709 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
-  %710 = load float, ptr %709, align 4, !tbaa !23
-  %711 = insertelement <16 x float> poison, float %710, i64 0
-  %712 = shufflevector <16 x float> %711, <16 x float> poison, <16 x i32> zeroinitializer
-  %713 = fmul <16 x float> %708, %712
-  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %705, <16 x float> %713)
-  store <16 x float> %714, ptr %707, align 4, !tbaa !8
-  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
-  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
-  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !43
-
-for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
-  %invariant.gep.3.i = getelementptr i8, ptr %119, i64 192
-  br label %for_body_r_0.3.i
-
-for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
-  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
-  %715 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
-  %716 = load float, ptr %715, align 16, !tbaa !22
-  %717 = insertelement <16 x float> poison, float %716, i64 0
-  %718 = shufflevector <16 x float> %717, <16 x float> poison, <16 x i32> zeroinitializer
-  %719 = shl nuw nsw i64 %indvars.iv.3.i, 7
-  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %719
-  %720 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %721 = getelementptr inbounds nuw float, ptr %acc.i, i64 %719
-  %722 = getelementptr inbounds nuw i8, ptr %721, i64 192
-  %723 = load <16 x float>, ptr %722, align 4, !tbaa !8
-  %724 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
-  %725 = load float, ptr %724, align 16, !tbaa !23
-  %726 = insertelement <16 x float> poison, float %725, i64 0
-  %727 = shufflevector <16 x float> %726, <16 x float> poison, <16 x i32> zeroinitializer
-  %728 = fmul <16 x float> %723, %727
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %718, <16 x float> %720, <16 x float> %728)
-  store <16 x float> %729, ptr %722, align 4, !tbaa !8
-  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
-  %730 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
-  %731 = load float, ptr %730, align 4, !tbaa !22
-  %732 = insertelement <16 x float> poison, float %731, i64 0
-  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
-  %734 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
-  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %734
-  %735 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
-  %736 = getelementptr inbounds nuw float, ptr %acc.i, i64 %734
-  %737 = getelementptr inbounds nuw i8, ptr %736, i64 192
-  %738 = load <16 x float>, ptr %737, align 4, !tbaa !8
-  %739 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
-  %740 = load float, ptr %739, align 4, !tbaa !23
-  %741 = insertelement <16 x float> poison, float %740, i64 0
-  %742 = shufflevector <16 x float> %741, <16 x float> poison, <16 x i32> zeroinitializer
-  %743 = fmul <16 x float> %738, %742
-  %744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %733, <16 x float> %735, <16 x float> %743)
-  store <16 x float> %744, ptr %737, align 4, !tbaa !8
-  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
-  %745 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
-  %746 = load float, ptr %745, align 8, !tbaa !22
-  %747 = insertelement <16 x float> poison, float %746, i64 0
-  %748 = shufflevector <16 x float> %747, <16 x float> poison, <16 x i32> zeroinitializer
-  %749 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
-  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %749
-  %750 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
-  %751 = getelementptr inbounds nuw float, ptr %acc.i, i64 %749
-  %752 = getelementptr inbounds nuw i8, ptr %751, i64 192
-  %753 = load <16 x float>, ptr %752, align 4, !tbaa !8
-  %754 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
-  %755 = load float, ptr %754, align 8, !tbaa !23
-  %756 = insertelement <16 x float> poison, float %755, i64 0
-  %757 = shufflevector <16 x float> %756, <16 x float> poison, <16 x i32> zeroinitializer
-  %758 = fmul <16 x float> %753, %757
-  %759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %748, <16 x float> %750, <16 x float> %758)
-  store <16 x float> %759, ptr %752, align 4, !tbaa !8
-  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
-  %760 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
-  %761 = load float, ptr %760, align 4, !tbaa !22
-  %762 = insertelement <16 x float> poison, float %761, i64 0
-  %763 = shufflevector <16 x float> %762, <16 x float> poison, <16 x i32> zeroinitializer
-  %764 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
-  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %764
-  %765 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
-  %766 = getelementptr inbounds nuw float, ptr %acc.i, i64 %764
-  %767 = getelementptr inbounds nuw i8, ptr %766, i64 192
-  %768 = load <16 x float>, ptr %767, align 4, !tbaa !8
-  %769 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
-  %770 = load float, ptr %769, align 4, !tbaa !23
-  %771 = insertelement <16 x float> poison, float %770, i64 0
-  %772 = shufflevector <16 x float> %771, <16 x float> poison, <16 x i32> zeroinitializer
-  %773 = fmul <16 x float> %768, %772
-  %774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %763, <16 x float> %765, <16 x float> %773)
-  store <16 x float> %774, ptr %767, align 4, !tbaa !8
-  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
-  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
-  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !44
-
-for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
-  %invariant.gep.4.i = getelementptr i8, ptr %119, i64 256
-  br label %for_body_r_0.4.i
-
-for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
-  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
-  %775 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
-  %776 = load float, ptr %775, align 16, !tbaa !22
-  %777 = insertelement <16 x float> poison, float %776, i64 0
-  %778 = shufflevector <16 x float> %777, <16 x float> poison, <16 x i32> zeroinitializer
-  %779 = shl nuw nsw i64 %indvars.iv.4.i, 7
-  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %779
-  %780 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %781 = getelementptr inbounds nuw float, ptr %acc.i, i64 %779
-  %782 = getelementptr inbounds nuw i8, ptr %781, i64 256
-  %783 = load <16 x float>, ptr %782, align 4, !tbaa !8
-  %784 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
-  %785 = load float, ptr %784, align 16, !tbaa !23
-  %786 = insertelement <16 x float> poison, float %785, i64 0
-  %787 = shufflevector <16 x float> %786, <16 x float> poison, <16 x i32> zeroinitializer
-  %788 = fmul <16 x float> %783, %787
-  %789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %778, <16 x float> %780, <16 x float> %788)
-  store <16 x float> %789, ptr %782, align 4, !tbaa !8
-  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
-  %790 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
-  %791 = load float, ptr %790, align 4, !tbaa !22
-  %792 = insertelement <16 x float> poison, float %791, i64 0
-  %793 = shufflevector <16 x float> %792, <16 x float> poison, <16 x i32> zeroinitializer
-  %794 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
-  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %794
-  %795 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
-  %796 = getelementptr inbounds nuw float, ptr %acc.i, i64 %794
-  %797 = getelementptr inbounds nuw i8, ptr %796, i64 256
-  %798 = load <16 x float>, ptr %797, align 4, !tbaa !8
-  %799 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
-  %800 = load float, ptr %799, align 4, !tbaa !23
-  %801 = insertelement <16 x float> poison, float %800, i64 0
-  %802 = shufflevector <16 x float> %801, <16 x float> poison, <16 x i32> zeroinitializer
-  %803 = fmul <16 x float> %798, %802
-  %804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %793, <16 x float> %795, <16 x float> %803)
-  store <16 x float> %804, ptr %797, align 4, !tbaa !8
-  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
-  %805 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
-  %806 = load float, ptr %805, align 8, !tbaa !22
-  %807 = insertelement <16 x float> poison, float %806, i64 0
-  %808 = shufflevector <16 x float> %807, <16 x float> poison, <16 x i32> zeroinitializer
-  %809 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
-  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %809
-  %810 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
-  %811 = getelementptr inbounds nuw float, ptr %acc.i, i64 %809
-  %812 = getelementptr inbounds nuw i8, ptr %811, i64 256
-  %813 = load <16 x float>, ptr %812, align 4, !tbaa !8
-  %814 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
-  %815 = load float, ptr %814, align 8, !tbaa !23
-  %816 = insertelement <16 x float> poison, float %815, i64 0
-  %817 = shufflevector <16 x float> %816, <16 x float> poison, <16 x i32> zeroinitializer
-  %818 = fmul <16 x float> %813, %817
-  %819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %808, <16 x float> %810, <16 x float> %818)
-  store <16 x float> %819, ptr %812, align 4, !tbaa !8
-  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
-  %820 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
-  %821 = load float, ptr %820, align 4, !tbaa !22
-  %822 = insertelement <16 x float> poison, float %821, i64 0
-  %823 = shufflevector <16 x float> %822, <16 x float> poison, <16 x i32> zeroinitializer
-  %824 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
-  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %824
-  %825 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
-  %826 = getelementptr inbounds nuw float, ptr %acc.i, i64 %824
-  %827 = getelementptr inbounds nuw i8, ptr %826, i64 256
-  %828 = load <16 x float>, ptr %827, align 4, !tbaa !8
-  %829 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
-  %830 = load float, ptr %829, align 4, !tbaa !23
-  %831 = insertelement <16 x float> poison, float %830, i64 0
-  %832 = shufflevector <16 x float> %831, <16 x float> poison, <16 x i32> zeroinitializer
-  %833 = fmul <16 x float> %828, %832
-  %834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %823, <16 x float> %825, <16 x float> %833)
-  store <16 x float> %834, ptr %827, align 4, !tbaa !8
-  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
-  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
-  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !45
-
-for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
-  %invariant.gep.5.i = getelementptr i8, ptr %119, i64 320
-  br label %for_body_r_0.5.i
-
-for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
-  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
-  %835 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
-  %836 = load float, ptr %835, align 16, !tbaa !22
-  %837 = insertelement <16 x float> poison, float %836, i64 0
-  %838 = shufflevector <16 x float> %837, <16 x float> poison, <16 x i32> zeroinitializer
-  %839 = shl nuw nsw i64 %indvars.iv.5.i, 7
-  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %839
-  %840 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %841 = getelementptr inbounds nuw float, ptr %acc.i, i64 %839
-  %842 = getelementptr inbounds nuw i8, ptr %841, i64 320
-  %843 = load <16 x float>, ptr %842, align 4, !tbaa !8
-  %844 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
-  %845 = load float, ptr %844, align 16, !tbaa !23
-  %846 = insertelement <16 x float> poison, float %845, i64 0
-  %847 = shufflevector <16 x float> %846, <16 x float> poison, <16 x i32> zeroinitializer
-  %848 = fmul <16 x float> %843, %847
-  %849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %838, <16 x float> %840, <16 x float> %848)
-  store <16 x float> %849, ptr %842, align 4, !tbaa !8
-  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
-  %850 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
-  %851 = load float, ptr %850, align 4, !tbaa !22
-  %852 = insertelement <16 x float> poison, float %851, i64 0
-  %853 = shufflevector <16 x float> %852, <16 x float> poison, <16 x i32> zeroinitializer
-  %854 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
-  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %854
-  %855 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
-  %856 = getelementptr inbounds nuw float, ptr %acc.i, i64 %854
-  %857 = getelementptr inbounds nuw i8, ptr %856, i64 320
-  %858 = load <16 x float>, ptr %857, align 4, !tbaa !8
-  %859 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
-  %860 = load float, ptr %859, align 4, !tbaa !23
-  %861 = insertelement <16 x float> poison, float %860, i64 0
-  %862 = shufflevector <16 x float> %861, <16 x float> poison, <16 x i32> zeroinitializer
-  %863 = fmul <16 x float> %858, %862
-  %864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %853, <16 x float> %855, <16 x float> %863)
-  store <16 x float> %864, ptr %857, align 4, !tbaa !8
-  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
-  %865 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
-  %866 = load float, ptr %865, align 8, !tbaa !22
-  %867 = insertelement <16 x float> poison, float %866, i64 0
-  %868 = shufflevector <16 x float> %867, <16 x float> poison, <16 x i32> zeroinitializer
-  %869 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
-  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %869
-  %870 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
-  %871 = getelementptr inbounds nuw float, ptr %acc.i, i64 %869
-  %872 = getelementptr inbounds nuw i8, ptr %871, i64 320
-  %873 = load <16 x float>, ptr %872, align 4, !tbaa !8
-  %874 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
-  %875 = load float, ptr %874, align 8, !tbaa !23
-  %876 = insertelement <16 x float> poison, float %875, i64 0
-  %877 = shufflevector <16 x float> %876, <16 x float> poison, <16 x i32> zeroinitializer
-  %878 = fmul <16 x float> %873, %877
-  %879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %868, <16 x float> %870, <16 x float> %878)
-  store <16 x float> %879, ptr %872, align 4, !tbaa !8
-  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
-  %880 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
-  %881 = load float, ptr %880, align 4, !tbaa !22
-  %882 = insertelement <16 x float> poison, float %881, i64 0
-  %883 = shufflevector <16 x float> %882, <16 x float> poison, <16 x i32> zeroinitializer
-  %884 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
-  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %884
-  %885 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
-  %886 = getelementptr inbounds nuw float, ptr %acc.i, i64 %884
-  %887 = getelementptr inbounds nuw i8, ptr %886, i64 320
-  %888 = load <16 x float>, ptr %887, align 4, !tbaa !8
-  %889 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
-  %890 = load float, ptr %889, align 4, !tbaa !23
-  %891 = insertelement <16 x float> poison, float %890, i64 0
-  %892 = shufflevector <16 x float> %891, <16 x float> poison, <16 x i32> zeroinitializer
-  %893 = fmul <16 x float> %888, %892
-  %894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %883, <16 x float> %885, <16 x float> %893)
-  store <16 x float> %894, ptr %887, align 4, !tbaa !8
-  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
-  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
-  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !46
-
-for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
-  %invariant.gep.6.i = getelementptr i8, ptr %119, i64 384
-  br label %for_body_r_0.6.i
-
-for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
-  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
-  %895 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
-  %896 = load float, ptr %895, align 16, !tbaa !22
-  %897 = insertelement <16 x float> poison, float %896, i64 0
-  %898 = shufflevector <16 x float> %897, <16 x float> poison, <16 x i32> zeroinitializer
-  %899 = shl nuw nsw i64 %indvars.iv.6.i, 7
-  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %899
-  %900 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %901 = getelementptr inbounds nuw float, ptr %acc.i, i64 %899
-  %902 = getelementptr inbounds nuw i8, ptr %901, i64 384
-  %903 = load <16 x float>, ptr %902, align 4, !tbaa !8
-  %904 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
-  %905 = load float, ptr %904, align 16, !tbaa !23
-  %906 = insertelement <16 x float> poison, float %905, i64 0
-  %907 = shufflevector <16 x float> %906, <16 x float> poison, <16 x i32> zeroinitializer
-  %908 = fmul <16 x float> %903, %907
-  %909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %898, <16 x float> %900, <16 x float> %908)
-  store <16 x float> %909, ptr %902, align 4, !tbaa !8
-  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
-  %910 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
-  %911 = load float, ptr %910, align 4, !tbaa !22
-  %912 = insertelement <16 x float> poison, float %911, i64 0
-  %913 = shufflevector <16 x float> %912, <16 x float> poison, <16 x i32> zeroinitializer
-  %914 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
-  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %914
-  %915 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
-  %916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %914
-  %917 = getelementptr inbounds nuw i8, ptr %916, i64 384
-  %918 = load <16 x float>, ptr %917, align 4, !tbaa !8
-  %919 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
-  %920 = load float, ptr %919, align 4, !tbaa !23
-  %921 = insertelement <16 x float> poison, float %920, i64 0
-  %922 = shufflevector <16 x float> %921, <16 x float> poison, <16 x i32> zeroinitializer
-  %923 = fmul <16 x float> %918, %922
-  %924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %913, <16 x float> %915, <16 x float> %923)
-  store <16 x float> %924, ptr %917, align 4, !tbaa !8
-  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
-  %925 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
-  %926 = load float, ptr %925, align 8, !tbaa !22
-  %927 = insertelement <16 x float> poison, float %926, i64 0
-  %928 = shufflevector <16 x float> %927, <16 x float> poison, <16 x i32> zeroinitializer
-  %929 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
-  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %929
-  %930 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
-  %931 = getelementptr inbounds nuw float, ptr %acc.i, i64 %929
-  %932 = getelementptr inbounds nuw i8, ptr %931, i64 384
-  %933 = load <16 x float>, ptr %932, align 4, !tbaa !8
-  %934 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
-  %935 = load float, ptr %934, align 8, !tbaa !23
-  %936 = insertelement <16 x float> poison, float %935, i64 0
-  %937 = shufflevector <16 x float> %936, <16 x float> poison, <16 x i32> zeroinitializer
-  %938 = fmul <16 x float> %933, %937
-  %939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %928, <16 x float> %930, <16 x float> %938)
-  store <16 x float> %939, ptr %932, align 4, !tbaa !8
-  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
-  %940 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
-  %941 = load float, ptr %940, align 4, !tbaa !22
-  %942 = insertelement <16 x float> poison, float %941, i64 0
-  %943 = shufflevector <16 x float> %942, <16 x float> poison, <16 x i32> zeroinitializer
-  %944 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
-  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %944
-  %945 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
-  %946 = getelementptr inbounds nuw float, ptr %acc.i, i64 %944
-  %947 = getelementptr inbounds nuw i8, ptr %946, i64 384
-  %948 = load <16 x float>, ptr %947, align 4, !tbaa !8
-  %949 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
-  %950 = load float, ptr %949, align 4, !tbaa !23
-  %951 = insertelement <16 x float> poison, float %950, i64 0
-  %952 = shufflevector <16 x float> %951, <16 x float> poison, <16 x i32> zeroinitializer
-  %953 = fmul <16 x float> %948, %952
-  %954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %943, <16 x float> %945, <16 x float> %953)
-  store <16 x float> %954, ptr %947, align 4, !tbaa !8
-  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
-  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
-  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !47
-
-for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
-  %invariant.gep.7.i = getelementptr i8, ptr %119, i64 448
-  br label %for_body_r_0.7.i
-
-for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
-  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
-  %955 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
-  %956 = load float, ptr %955, align 16, !tbaa !22
-  %957 = insertelement <16 x float> poison, float %956, i64 0
-  %958 = shufflevector <16 x float> %957, <16 x float> poison, <16 x i32> zeroinitializer
-  %959 = shl nuw nsw i64 %indvars.iv.7.i, 7
-  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %959
-  %960 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %961 = getelementptr inbounds nuw float, ptr %acc.i, i64 %959
-  %962 = getelementptr inbounds nuw i8, ptr %961, i64 448
-  %963 = load <16 x float>, ptr %962, align 4, !tbaa !8
-  %964 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
-  %965 = load float, ptr %964, align 16, !tbaa !23
-  %966 = insertelement <16 x float> poison, float %965, i64 0
-  %967 = shufflevector <16 x float> %966, <16 x float> poison, <16 x i32> zeroinitializer
-  %968 = fmul <16 x float> %963, %967
-  %969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %958, <16 x float> %960, <16 x float> %968)
-  store <16 x float> %969, ptr %962, align 4, !tbaa !8
-  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
-  %970 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
-  %971 = load float, ptr %970, align 4, !tbaa !22
-  %972 = insertelement <16 x float> poison, float %971, i64 0
-  %973 = shufflevector <16 x float> %972, <16 x float> poison, <16 x i32> zeroinitializer
-  %974 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
-  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %974
-  %975 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
-  %976 = getelementptr inbounds nuw float, ptr %acc.i, i64 %974
-  %977 = getelementptr inbounds nuw i8, ptr %976, i64 448
-  %978 = load <16 x float>, ptr %977, align 4, !tbaa !8
-  %979 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
-  %980 = load float, ptr %979, align 4, !tbaa !23
-  %981 = insertelement <16 x float> poison, float %980, i64 0
-  %982 = shufflevector <16 x float> %981, <16 x float> poison, <16 x i32> zeroinitializer
-  %983 = fmul <16 x float> %978, %982
-  %984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %973, <16 x float> %975, <16 x float> %983)
-  store <16 x float> %984, ptr %977, align 4, !tbaa !8
-  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
-  %985 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
-  %986 = load float, ptr %985, align 8, !tbaa !22
-  %987 = insertelement <16 x float> poison, float %986, i64 0
-  %988 = shufflevector <16 x float> %987, <16 x float> poison, <16 x i32> zeroinitializer
-  %989 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
-  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %989
-  %990 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
-  %991 = getelementptr inbounds nuw float, ptr %acc.i, i64 %989
-  %992 = getelementptr inbounds nuw i8, ptr %991, i64 448
-  %993 = load <16 x float>, ptr %992, align 4, !tbaa !8
-  %994 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
-  %995 = load float, ptr %994, align 8, !tbaa !23
-  %996 = insertelement <16 x float> poison, float %995, i64 0
-  %997 = shufflevector <16 x float> %996, <16 x float> poison, <16 x i32> zeroinitializer
-  %998 = fmul <16 x float> %993, %997
-  %999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %988, <16 x float> %990, <16 x float> %998)
-  store <16 x float> %999, ptr %992, align 4, !tbaa !8
-  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
-  %1000 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
-  %1001 = load float, ptr %1000, align 4, !tbaa !22
-  %1002 = insertelement <16 x float> poison, float %1001, i64 0
-  %1003 = shufflevector <16 x float> %1002, <16 x float> poison, <16 x i32> zeroinitializer
-  %1004 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
-  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %1004
-  %1005 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
-  %1006 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1004
-  %1007 = getelementptr inbounds nuw i8, ptr %1006, i64 448
-  %1008 = load <16 x float>, ptr %1007, align 4, !tbaa !8
-  %1009 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
-  %1010 = load float, ptr %1009, align 4, !tbaa !23
-  %1011 = insertelement <16 x float> poison, float %1010, i64 0
-  %1012 = shufflevector <16 x float> %1011, <16 x float> poison, <16 x i32> zeroinitializer
-  %1013 = fmul <16 x float> %1008, %1012
-  %1014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1003, <16 x float> %1005, <16 x float> %1013)
-  store <16 x float> %1014, ptr %1007, align 4, !tbaa !8
-  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
-  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
-  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !48
+  br i1 %exitcond.not.i.3, label %for_end_r_0.i, label %for_body_r_0.i, !prof !29, !llvm.loop !32
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
-  %1015 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
-  %1016 = load float, ptr %1015, align 4, !tbaa !49
-  %1017 = insertelement <16 x float> poison, float %1016, i64 0
-  %1018 = shufflevector <16 x float> %1017, <16 x float> poison, <16 x i32> zeroinitializer
-  %1019 = mul nsw i64 %indvars.iv74.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %537, i64 %1019
-  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
-  %1020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %1021 = load <16 x float>, ptr %1020, align 4, !tbaa !8
-  %1022 = fmul <16 x float> %1021, %1018
-  %1023 = bitcast <16 x float> %1022 to <16 x i32>
-  %1024 = lshr <16 x i32> %1023, splat (i32 16)
-  %1025 = and <16 x i32> %1024, splat (i32 1)
-  %1026 = add nuw <16 x i32> %1023, splat (i32 32767)
-  %1027 = add nuw <16 x i32> %1026, %1025
-  %1028 = lshr <16 x i32> %1027, splat (i32 16)
-  %1029 = trunc nuw <16 x i32> %1028 to <16 x i16>
-  store <16 x i16> %1029, ptr %invariant.gep49.i, align 2, !tbaa !8
-  %1030 = getelementptr inbounds nuw i8, ptr %1020, i64 64
-  %1031 = load <16 x float>, ptr %1030, align 4, !tbaa !8
-  %1032 = fmul <16 x float> %1018, %1031
-  %1033 = bitcast <16 x float> %1032 to <16 x i32>
-  %1034 = lshr <16 x i32> %1033, splat (i32 16)
-  %1035 = and <16 x i32> %1034, splat (i32 1)
-  %1036 = add nuw <16 x i32> %1033, splat (i32 32767)
-  %1037 = add nuw <16 x i32> %1036, %1035
-  %1038 = lshr <16 x i32> %1037, splat (i32 16)
-  %1039 = trunc nuw <16 x i32> %1038 to <16 x i16>
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_begin_d_019.preheader.i ]
+  %180 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %181 = load float, ptr %180, align 4, !tbaa !34
+  %182 = insertelement <16 x float> poison, float %181, i64 0
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> zeroinitializer
+  %184 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %123, i64 %184
+  %.idx = shl nuw nsw i64 %indvars.iv65.i, 9
+  %185 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %186 = load <16 x float>, ptr %185, align 4, !tbaa !8
+  %187 = fmul <16 x float> %186, %183
+  %188 = bitcast <16 x float> %187 to <16 x i32>
+  %189 = lshr <16 x i32> %188, splat (i32 16)
+  %190 = and <16 x i32> %189, splat (i32 1)
+  %191 = add nuw <16 x i32> %188, splat (i32 32767)
+  %192 = add nuw <16 x i32> %191, %190
+  %193 = lshr <16 x i32> %192, splat (i32 16)
+  %194 = trunc nuw <16 x i32> %193 to <16 x i16>
+  store <16 x i16> %194, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %195 = getelementptr inbounds nuw i8, ptr %185, i64 64
+  %196 = load <16 x float>, ptr %195, align 4, !tbaa !8
+  %197 = fmul <16 x float> %183, %196
+  %198 = bitcast <16 x float> %197 to <16 x i32>
+  %199 = lshr <16 x i32> %198, splat (i32 16)
+  %200 = and <16 x i32> %199, splat (i32 1)
+  %201 = add nuw <16 x i32> %198, splat (i32 32767)
+  %202 = add nuw <16 x i32> %201, %200
+  %203 = lshr <16 x i32> %202, splat (i32 16)
+  %204 = trunc nuw <16 x i32> %203 to <16 x i16>
   %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <16 x i16> %1039, ptr %gep50.1.i, align 2, !tbaa !8
-  %1040 = getelementptr inbounds nuw i8, ptr %1020, i64 128
-  %1041 = load <16 x float>, ptr %1040, align 4, !tbaa !8
-  %1042 = fmul <16 x float> %1018, %1041
-  %1043 = bitcast <16 x float> %1042 to <16 x i32>
-  %1044 = lshr <16 x i32> %1043, splat (i32 16)
-  %1045 = and <16 x i32> %1044, splat (i32 1)
-  %1046 = add nuw <16 x i32> %1043, splat (i32 32767)
-  %1047 = add nuw <16 x i32> %1046, %1045
-  %1048 = lshr <16 x i32> %1047, splat (i32 16)
-  %1049 = trunc nuw <16 x i32> %1048 to <16 x i16>
+  store <16 x i16> %204, ptr %gep50.1.i, align 2, !tbaa !8
+  %205 = getelementptr inbounds nuw i8, ptr %185, i64 128
+  %206 = load <16 x float>, ptr %205, align 4, !tbaa !8
+  %207 = fmul <16 x float> %183, %206
+  %208 = bitcast <16 x float> %207 to <16 x i32>
+  %209 = lshr <16 x i32> %208, splat (i32 16)
+  %210 = and <16 x i32> %209, splat (i32 1)
+  %211 = add nuw <16 x i32> %208, splat (i32 32767)
+  %212 = add nuw <16 x i32> %211, %210
+  %213 = lshr <16 x i32> %212, splat (i32 16)
+  %214 = trunc nuw <16 x i32> %213 to <16 x i16>
   %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <16 x i16> %1049, ptr %gep50.2.i, align 2, !tbaa !8
-  %1050 = getelementptr inbounds nuw i8, ptr %1020, i64 192
-  %1051 = load <16 x float>, ptr %1050, align 4, !tbaa !8
-  %1052 = fmul <16 x float> %1018, %1051
-  %1053 = bitcast <16 x float> %1052 to <16 x i32>
-  %1054 = lshr <16 x i32> %1053, splat (i32 16)
-  %1055 = and <16 x i32> %1054, splat (i32 1)
-  %1056 = add nuw <16 x i32> %1053, splat (i32 32767)
-  %1057 = add nuw <16 x i32> %1056, %1055
-  %1058 = lshr <16 x i32> %1057, splat (i32 16)
-  %1059 = trunc nuw <16 x i32> %1058 to <16 x i16>
+  store <16 x i16> %214, ptr %gep50.2.i, align 2, !tbaa !8
+  %215 = getelementptr inbounds nuw i8, ptr %185, i64 192
+  %216 = load <16 x float>, ptr %215, align 4, !tbaa !8
+  %217 = fmul <16 x float> %183, %216
+  %218 = bitcast <16 x float> %217 to <16 x i32>
+  %219 = lshr <16 x i32> %218, splat (i32 16)
+  %220 = and <16 x i32> %219, splat (i32 1)
+  %221 = add nuw <16 x i32> %218, splat (i32 32767)
+  %222 = add nuw <16 x i32> %221, %220
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = trunc nuw <16 x i32> %223 to <16 x i16>
   %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <16 x i16> %1059, ptr %gep50.3.i, align 2, !tbaa !8
-  %1060 = getelementptr inbounds nuw i8, ptr %1020, i64 256
-  %1061 = load <16 x float>, ptr %1060, align 4, !tbaa !8
-  %1062 = fmul <16 x float> %1018, %1061
-  %1063 = bitcast <16 x float> %1062 to <16 x i32>
-  %1064 = lshr <16 x i32> %1063, splat (i32 16)
-  %1065 = and <16 x i32> %1064, splat (i32 1)
-  %1066 = add nuw <16 x i32> %1063, splat (i32 32767)
-  %1067 = add nuw <16 x i32> %1066, %1065
-  %1068 = lshr <16 x i32> %1067, splat (i32 16)
-  %1069 = trunc nuw <16 x i32> %1068 to <16 x i16>
+  store <16 x i16> %224, ptr %gep50.3.i, align 2, !tbaa !8
+  %225 = getelementptr inbounds nuw i8, ptr %185, i64 256
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !8
+  %227 = fmul <16 x float> %183, %226
+  %228 = bitcast <16 x float> %227 to <16 x i32>
+  %229 = lshr <16 x i32> %228, splat (i32 16)
+  %230 = and <16 x i32> %229, splat (i32 1)
+  %231 = add nuw <16 x i32> %228, splat (i32 32767)
+  %232 = add nuw <16 x i32> %231, %230
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = trunc nuw <16 x i32> %233 to <16 x i16>
   %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <16 x i16> %1069, ptr %gep50.4.i, align 2, !tbaa !8
-  %1070 = getelementptr inbounds nuw i8, ptr %1020, i64 320
-  %1071 = load <16 x float>, ptr %1070, align 4, !tbaa !8
-  %1072 = fmul <16 x float> %1018, %1071
-  %1073 = bitcast <16 x float> %1072 to <16 x i32>
-  %1074 = lshr <16 x i32> %1073, splat (i32 16)
-  %1075 = and <16 x i32> %1074, splat (i32 1)
-  %1076 = add nuw <16 x i32> %1073, splat (i32 32767)
-  %1077 = add nuw <16 x i32> %1076, %1075
-  %1078 = lshr <16 x i32> %1077, splat (i32 16)
-  %1079 = trunc nuw <16 x i32> %1078 to <16 x i16>
+  store <16 x i16> %234, ptr %gep50.4.i, align 2, !tbaa !8
+  %235 = getelementptr inbounds nuw i8, ptr %185, i64 320
+  %236 = load <16 x float>, ptr %235, align 4, !tbaa !8
+  %237 = fmul <16 x float> %183, %236
+  %238 = bitcast <16 x float> %237 to <16 x i32>
+  %239 = lshr <16 x i32> %238, splat (i32 16)
+  %240 = and <16 x i32> %239, splat (i32 1)
+  %241 = add nuw <16 x i32> %238, splat (i32 32767)
+  %242 = add nuw <16 x i32> %241, %240
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = trunc nuw <16 x i32> %243 to <16 x i16>
   %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <16 x i16> %1079, ptr %gep50.5.i, align 2, !tbaa !8
-  %1080 = getelementptr inbounds nuw i8, ptr %1020, i64 384
-  %1081 = load <16 x float>, ptr %1080, align 4, !tbaa !8
-  %1082 = fmul <16 x float> %1018, %1081
-  %1083 = bitcast <16 x float> %1082 to <16 x i32>
-  %1084 = lshr <16 x i32> %1083, splat (i32 16)
-  %1085 = and <16 x i32> %1084, splat (i32 1)
-  %1086 = add nuw <16 x i32> %1083, splat (i32 32767)
-  %1087 = add nuw <16 x i32> %1086, %1085
-  %1088 = lshr <16 x i32> %1087, splat (i32 16)
-  %1089 = trunc nuw <16 x i32> %1088 to <16 x i16>
+  store <16 x i16> %244, ptr %gep50.5.i, align 2, !tbaa !8
+  %245 = getelementptr inbounds nuw i8, ptr %185, i64 384
+  %246 = load <16 x float>, ptr %245, align 4, !tbaa !8
+  %247 = fmul <16 x float> %183, %246
+  %248 = bitcast <16 x float> %247 to <16 x i32>
+  %249 = lshr <16 x i32> %248, splat (i32 16)
+  %250 = and <16 x i32> %249, splat (i32 1)
+  %251 = add nuw <16 x i32> %248, splat (i32 32767)
+  %252 = add nuw <16 x i32> %251, %250
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = trunc nuw <16 x i32> %253 to <16 x i16>
   %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <16 x i16> %1089, ptr %gep50.6.i, align 2, !tbaa !8
-  %1090 = getelementptr inbounds nuw i8, ptr %1020, i64 448
-  %1091 = load <16 x float>, ptr %1090, align 4, !tbaa !8
-  %1092 = fmul <16 x float> %1018, %1091
-  %1093 = bitcast <16 x float> %1092 to <16 x i32>
-  %1094 = lshr <16 x i32> %1093, splat (i32 16)
-  %1095 = and <16 x i32> %1094, splat (i32 1)
-  %1096 = add nuw <16 x i32> %1093, splat (i32 32767)
-  %1097 = add nuw <16 x i32> %1096, %1095
-  %1098 = lshr <16 x i32> %1097, splat (i32 16)
-  %1099 = trunc nuw <16 x i32> %1098 to <16 x i16>
+  store <16 x i16> %254, ptr %gep50.6.i, align 2, !tbaa !8
+  %255 = getelementptr inbounds nuw i8, ptr %185, i64 448
+  %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
+  %257 = fmul <16 x float> %183, %256
+  %258 = bitcast <16 x float> %257 to <16 x i32>
+  %259 = lshr <16 x i32> %258, splat (i32 16)
+  %260 = and <16 x i32> %259, splat (i32 1)
+  %261 = add nuw <16 x i32> %258, splat (i32 32767)
+  %262 = add nuw <16 x i32> %261, %260
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = trunc nuw <16 x i32> %263 to <16 x i16>
   %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <16 x i16> %1099, ptr %gep50.7.i, align 2, !tbaa !8
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 32
-  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  store <16 x i16> %264, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !29
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %1100 = add nsw i32 %num_keys, -1
-  %1101 = sitofp i32 %1100 to float
-  %1102 = bitcast float %1101 to i32
-  %1103 = ashr i32 %1102, 23
-  %1104 = mul nsw i64 %lse_batch, %535
-  %1105 = getelementptr float, ptr %lse, i64 %1104
-  %1106 = tail call i32 @llvm.smax.i32(i32 %1103, i32 125)
-  %1107 = shl nuw nsw i32 %1106, 23
-  %1108 = add nuw i32 %1107, 16777216
-  %1109 = bitcast i32 %1108 to float
+  %265 = add nsw i32 %num_keys, -1
+  %266 = sitofp i32 %265 to float
+  %267 = bitcast float %266 to i32
+  %268 = ashr i32 %267, 23
+  %269 = mul nsw i64 %lse_batch, %121
+  %270 = getelementptr float, ptr %lse, i64 %269
+  %271 = tail call i32 @llvm.smax.i32(i32 %268, i32 125)
+  %272 = shl nuw nsw i32 %271, 23
+  %273 = add nuw i32 %272, 16777216
+  %274 = bitcast i32 %273 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
-  %1110 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
-  %1111 = load float, ptr %1110, align 16, !tbaa !50
-  %1112 = fcmp oeq float %1111, 0.000000e+00
-  br i1 %1112, label %if_end30.i, label %if_else.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i.3, %if_end30.i.3 ]
+  %275 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %276 = load float, ptr %275, align 16, !tbaa !35
+  %277 = fcmp oeq float %276, 0.000000e+00
+  br i1 %277, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %1113 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1114 = tail call i32 %1113(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %1114, 0
+  %278 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %279 = tail call i32 %278(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %279, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %1115 = fmul float %1111, %1109
-  %1116 = tail call float @llvm.log.f32(float %1115)
-  %1117 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
-  %1118 = load float, ptr %1117, align 16, !tbaa !52
-  %1119 = fadd float %1116, %1118
+  %280 = fmul float %276, %274
+  %281 = tail call float @llvm.log.f32(float %280)
+  %282 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %283 = load float, ptr %282, align 16, !tbaa !37
+  %284 = fadd float %281, %283
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %1120 = phi float [ %1119, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %1121 = getelementptr float, ptr %1105, i64 %indvars.iv78.i
-  store float %1120, ptr %1121, align 4, !tbaa !8
-  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
-  %1122 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
-  %1123 = load float, ptr %1122, align 4, !tbaa !50
-  %1124 = fcmp oeq float %1123, 0.000000e+00
-  br i1 %1124, label %if_end30.i.1, label %if_else.i.1
+  %285 = phi float [ %284, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %286 = getelementptr float, ptr %270, i64 %indvars.iv69.i
+  store float %285, ptr %286, align 4, !tbaa !8
+  %indvars.iv.next70.i = or disjoint i64 %indvars.iv69.i, 1
+  %287 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i
+  %288 = load float, ptr %287, align 4, !tbaa !35
+  %289 = fcmp oeq float %288, 0.000000e+00
+  br i1 %289, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %1125 = fmul float %1123, %1109
-  %1126 = tail call float @llvm.log.f32(float %1125)
-  %1127 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
-  %1128 = load float, ptr %1127, align 4, !tbaa !52
-  %1129 = fadd float %1126, %1128
+  %290 = fmul float %288, %274
+  %291 = tail call float @llvm.log.f32(float %290)
+  %292 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i
+  %293 = load float, ptr %292, align 4, !tbaa !37
+  %294 = fadd float %291, %293
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %1130 = phi float [ %1129, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %1131 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i
-  store float %1130, ptr %1131, align 4, !tbaa !8
-  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
-  %1132 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
-  %1133 = load float, ptr %1132, align 8, !tbaa !50
-  %1134 = fcmp oeq float %1133, 0.000000e+00
-  br i1 %1134, label %if_end30.i.2, label %if_else.i.2
+  %295 = phi float [ %294, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %296 = getelementptr float, ptr %270, i64 %indvars.iv.next70.i
+  store float %295, ptr %296, align 4, !tbaa !8
+  %indvars.iv.next70.i.1 = or disjoint i64 %indvars.iv69.i, 2
+  %297 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.1
+  %298 = load float, ptr %297, align 8, !tbaa !35
+  %299 = fcmp oeq float %298, 0.000000e+00
+  br i1 %299, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %1135 = fmul float %1133, %1109
-  %1136 = tail call float @llvm.log.f32(float %1135)
-  %1137 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
-  %1138 = load float, ptr %1137, align 8, !tbaa !52
-  %1139 = fadd float %1136, %1138
+  %300 = fmul float %298, %274
+  %301 = tail call float @llvm.log.f32(float %300)
+  %302 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.1
+  %303 = load float, ptr %302, align 8, !tbaa !37
+  %304 = fadd float %301, %303
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %1140 = phi float [ %1139, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %1141 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i.1
-  store float %1140, ptr %1141, align 4, !tbaa !8
-  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
-  %1142 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
-  %1143 = load float, ptr %1142, align 4, !tbaa !50
-  %1144 = fcmp oeq float %1143, 0.000000e+00
-  br i1 %1144, label %if_end30.i.3, label %if_else.i.3
+  %305 = phi float [ %304, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %306 = getelementptr float, ptr %270, i64 %indvars.iv.next70.i.1
+  store float %305, ptr %306, align 4, !tbaa !8
+  %indvars.iv.next70.i.2 = or disjoint i64 %indvars.iv69.i, 3
+  %307 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.2
+  %308 = load float, ptr %307, align 4, !tbaa !35
+  %309 = fcmp oeq float %308, 0.000000e+00
+  br i1 %309, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %1145 = fmul float %1143, %1109
-  %1146 = tail call float @llvm.log.f32(float %1145)
-  %1147 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
-  %1148 = load float, ptr %1147, align 4, !tbaa !52
-  %1149 = fadd float %1146, %1148
+  %310 = fmul float %308, %274
+  %311 = tail call float @llvm.log.f32(float %310)
+  %312 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.2
+  %313 = load float, ptr %312, align 4, !tbaa !37
+  %314 = fadd float %311, %313
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %1150 = phi float [ %1149, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %1151 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i.2
-  store float %1150, ptr %1151, align 4, !tbaa !8
-  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
-  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 32
-  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !54
+  %315 = phi float [ %314, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %316 = getelementptr float, ptr %270, i64 %indvars.iv.next70.i.2
+  store float %315, ptr %316, align 4, !tbaa !8
+  %indvars.iv.next70.i.3 = add nuw nsw i64 %indvars.iv69.i, 4
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next70.i.3, 32
+  br i1 %exitcond72.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !29, !llvm.loop !39
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -16696,7 +15549,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22,\22mattr\22:[\22+fast-dpwssd\22]}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22,\22mattr\22:[\22+fast-dpwssd\22],\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -16718,36 +15571,21 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !19 = !{!"buffer18.w512.b0", !20, i64 0}
 !20 = !{!"buffer18.w1024.b0", !21, i64 0}
 !21 = !{!"buffer18", !5, i64 0}
-!22 = !{!21, !21, i64 0}
-!23 = !{!15, !15, i64 0}
-!24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = distinct !{!25, !26}
-!26 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!27 = distinct !{!27, !26}
-!28 = distinct !{!28, !26}
-!29 = distinct !{!29, !26}
-!30 = distinct !{!30, !26}
-!31 = distinct !{!31, !26}
-!32 = distinct !{!32, !26}
-!33 = distinct !{!33, !26}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer19.w128.b0", !36, i64 0}
-!36 = !{!"buffer19.w256.b0", !37, i64 0}
-!37 = !{!"buffer19.w512.b0", !38, i64 0}
-!38 = !{!"buffer19.w1024.b0", !39, i64 0}
-!39 = !{!"buffer19", !5, i64 0}
-!40 = !{!"branch_weights", i32 127, i32 134217601}
-!41 = distinct !{!41, !26}
-!42 = distinct !{!42, !26}
-!43 = distinct !{!43, !26}
-!44 = distinct !{!44, !26}
-!45 = distinct !{!45, !26}
-!46 = distinct !{!46, !26}
-!47 = distinct !{!47, !26}
-!48 = distinct !{!48, !26}
-!49 = !{!39, !39, i64 0}
-!50 = !{!51, !51, i64 0}
-!51 = !{!"buffer20", !5, i64 0}
-!52 = !{!53, !53, i64 0}
-!53 = !{!"buffer21", !5, i64 0}
-!54 = distinct !{!54, !26}
+!22 = !{!23, !23, i64 0}
+!23 = !{!"buffer19.w128.b0", !24, i64 0}
+!24 = !{!"buffer19.w256.b0", !25, i64 0}
+!25 = !{!"buffer19.w512.b0", !26, i64 0}
+!26 = !{!"buffer19.w1024.b0", !27, i64 0}
+!27 = !{!"buffer19", !5, i64 0}
+!28 = !{!"branch_weights", i32 127, i32 134217601}
+!29 = !{!"branch_weights", i32 1, i32 1048575}
+!30 = !{!21, !21, i64 0}
+!31 = !{!15, !15, i64 0}
+!32 = distinct !{!32, !33}
+!33 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!34 = !{!27, !27, i64 0}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer20", !5, i64 0}
+!37 = !{!38, !38, i64 0}
+!38 = !{!"buffer21", !5, i64 0}
+!39 = distinct !{!39, !33}

@@ -1468,6 +1468,7 @@ class Module:
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32, shared_start: T.int32, shared_step: T.int32, num_shared: T.int32):
+        T.func_attr({"pa.llvm_level": 2})
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))

@@ -4903,6 +4903,10 @@ target triple = "x86_64-conda-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 64
+  %beta37.i = alloca [16 x float], align 64
+  %alpha38.i = alloca [16 x float], align 64
+  %row_sum39.i = alloca [16 x float], align 64
+  %row_max40.i = alloca [16 x float], align 64
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5011,6 +5015,10 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5026,9 +5034,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %334, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <16 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <16 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <16 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -5075,6 +5083,7 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %93 = select <16 x i1> %92, <16 x float> zeroinitializer, <16 x float> %91
   %94 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %95 = select <16 x i1> %94, <16 x float> %93, <16 x float> zeroinitializer
+  store <16 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %67, %m.i
   %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %97 = bitcast <16 x float> %96 to <16 x i32>
@@ -5097,799 +5106,290 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %114 = select <16 x i1> %113, <16 x float> zeroinitializer, <16 x float> %112
   %115 = fcmp one <16 x float> %70, zeroinitializer
   %116 = select <16 x i1> %115, <16 x float> %114, <16 x float> zeroinitializer
-  %117 = fmul <16 x float> %old_sum.i, %95
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %117)
+  store <16 x float> %116, ptr %beta37.i, align 16, !tbaa !17
   %.idx.i = shl nsw i64 %64, 14
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %120 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  %121 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %60, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
-
-for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
-  %122 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> zeroinitializer
-  %123 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %124 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %125 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %126 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %127 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %128 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %129 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %130 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %131 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %132 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %133 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %134 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %135 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %136 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %137 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %138 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %139 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %140 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %141 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %142 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %143 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %144 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %145 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %146 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %147 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %148 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %149 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %150 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %151 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
   br label %for_begin_r_0.preheader.i
 
-for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
-  %152 = fmul <16 x float> %95, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %153 = shufflevector <16 x float> %152, <16 x float> poison, <16 x i32> zeroinitializer
-  %154 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %155 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %156 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %157 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %158 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %159 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %160 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %161 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %162 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %163 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %164 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %165 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %166 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %167 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  %168 = fmul <16 x float> %95, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %170 = fmul <16 x float> %95, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %172 = fmul <16 x float> %95, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %174 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
-  %176 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
-  %178 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
-  %180 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
-  %182 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
-  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
-  %184 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
-  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
-  %186 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
-  %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
-  %188 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
-  %190 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
-  %191 = shufflevector <16 x float> %190, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
-  %192 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
-  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
-  %194 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
-  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
-  %196 = fmul <16 x float> %95, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
-  %197 = shufflevector <16 x float> %196, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
-  br label %for_begin_r_0.preheader.us.i
-
-for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
-  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
-  %198 = shl nuw nsw i64 %indvars.iv62.i, 4
-  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %198
-  %199 = getelementptr inbounds nuw float, ptr %acc.i, i64 %198
-  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
-  %200 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %200, <16 x float> %153)
-  store <16 x float> %201, ptr %199, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %199, i64 1024
-  store <16 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
-  %203 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %169)
-  store <16 x float> %204, ptr %202, align 4, !tbaa !8
-  %205 = getelementptr inbounds nuw i8, ptr %199, i64 2048
-  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
-  %206 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %206, <16 x float> %171)
-  store <16 x float> %207, ptr %205, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %199, i64 3072
-  store <16 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
-  %209 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %209, <16 x float> %173)
-  store <16 x float> %210, ptr %208, align 4, !tbaa !8
-  %211 = getelementptr inbounds nuw i8, ptr %199, i64 4096
-  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
-  %212 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %212, <16 x float> %175)
-  store <16 x float> %213, ptr %211, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %199, i64 5120
-  store <16 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
-  %215 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
-  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %157, <16 x float> %215, <16 x float> %177)
-  store <16 x float> %216, ptr %214, align 4, !tbaa !8
-  %217 = getelementptr inbounds nuw i8, ptr %199, i64 6144
-  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
-  %218 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %218, <16 x float> %179)
-  store <16 x float> %219, ptr %217, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %199, i64 7168
-  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
-  %221 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
-  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %221, <16 x float> %181)
-  store <16 x float> %222, ptr %220, align 4, !tbaa !8
-  %223 = getelementptr inbounds nuw i8, ptr %199, i64 8192
-  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
-  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 8192
-  %224 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %224, <16 x float> %183)
-  store <16 x float> %225, ptr %223, align 4, !tbaa !8
-  %226 = getelementptr inbounds nuw i8, ptr %199, i64 9216
-  store <16 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
-  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 9216
-  %227 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %227, <16 x float> %185)
-  store <16 x float> %228, ptr %226, align 4, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %199, i64 10240
-  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
-  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 10240
-  %230 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %162, <16 x float> %230, <16 x float> %187)
-  store <16 x float> %231, ptr %229, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw i8, ptr %199, i64 11264
-  store <16 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
-  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 11264
-  %233 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %233, <16 x float> %189)
-  store <16 x float> %234, ptr %232, align 4, !tbaa !8
-  %235 = getelementptr inbounds nuw i8, ptr %199, i64 12288
-  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
-  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 12288
-  %236 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
-  %237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %236, <16 x float> %191)
-  store <16 x float> %237, ptr %235, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw i8, ptr %199, i64 13312
-  store <16 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
-  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 13312
-  %239 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
-  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %239, <16 x float> %193)
-  store <16 x float> %240, ptr %238, align 4, !tbaa !8
-  %241 = getelementptr inbounds nuw i8, ptr %199, i64 14336
-  store <16 x float> zeroinitializer, ptr %241, align 4, !tbaa !8
-  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 14336
-  %242 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
-  %243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %166, <16 x float> %242, <16 x float> %195)
-  store <16 x float> %243, ptr %241, align 4, !tbaa !8
-  %244 = getelementptr inbounds nuw i8, ptr %199, i64 15360
-  store <16 x float> zeroinitializer, ptr %244, align 4, !tbaa !8
-  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 15360
-  %245 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %245, <16 x float> %197)
-  store <16 x float> %246, ptr %244, align 4, !tbaa !8
-  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
-  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 16
-  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
-
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
-  %247 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %248 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %249 = select <16 x i1> %248, <16 x float> zeroinitializer, <16 x float> %247
-  store <16 x float> %249, ptr %factor34.i, align 16, !tbaa !11
+  store <16 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <16 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %118 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %120 = select <16 x i1> %119, <16 x float> zeroinitializer, <16 x float> %118
+  store <16 x float> %120, ptr %factor34.i, align 16, !tbaa !24
   %sext = shl i64 %20, 32
-  %250 = ashr exact i64 %sext, 32
-  %251 = mul nsw i64 %out_batch, %250
-  %252 = getelementptr i16, ptr %out, i64 %251
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr i16, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
-  %253 = shl nuw nsw i64 %indvars.iv.i, 4
-  %invariant.gep.i = getelementptr float, ptr %119, i64 %253
-  %254 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
-  %255 = getelementptr inbounds nuw float, ptr %acc.i, i64 %253
-  %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
-  %257 = fmul <16 x float> %122, %256
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %254, <16 x float> %257)
-  store <16 x float> %258, ptr %255, align 4, !tbaa !8
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
-  %259 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %255, i64 1024
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %124, %261
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %259, <16 x float> %262)
-  store <16 x float> %263, ptr %260, align 4, !tbaa !8
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
-  %264 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
-  %265 = getelementptr inbounds nuw i8, ptr %255, i64 2048
-  %266 = load <16 x float>, ptr %265, align 4, !tbaa !8
-  %267 = fmul <16 x float> %125, %266
-  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %264, <16 x float> %267)
-  store <16 x float> %268, ptr %265, align 4, !tbaa !8
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
-  %269 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %255, i64 3072
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <16 x float> %127, %271
-  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %269, <16 x float> %272)
-  store <16 x float> %273, ptr %270, align 4, !tbaa !8
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
-  %274 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
-  %275 = getelementptr inbounds nuw i8, ptr %255, i64 4096
-  %276 = load <16 x float>, ptr %275, align 4, !tbaa !8
-  %277 = fmul <16 x float> %129, %276
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %274, <16 x float> %277)
-  store <16 x float> %278, ptr %275, align 4, !tbaa !8
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
-  %279 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %255, i64 5120
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %131, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %279, <16 x float> %282)
-  store <16 x float> %283, ptr %280, align 4, !tbaa !8
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
-  %284 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
-  %285 = getelementptr inbounds nuw i8, ptr %255, i64 6144
-  %286 = load <16 x float>, ptr %285, align 4, !tbaa !8
-  %287 = fmul <16 x float> %133, %286
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %284, <16 x float> %287)
-  store <16 x float> %288, ptr %285, align 4, !tbaa !8
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
-  %289 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %255, i64 7168
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %135, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %289, <16 x float> %292)
-  store <16 x float> %293, ptr %290, align 4, !tbaa !8
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 8192
-  %294 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
-  %295 = getelementptr inbounds nuw i8, ptr %255, i64 8192
-  %296 = load <16 x float>, ptr %295, align 4, !tbaa !8
-  %297 = fmul <16 x float> %137, %296
-  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %294, <16 x float> %297)
-  store <16 x float> %298, ptr %295, align 4, !tbaa !8
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 9216
-  %299 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %255, i64 9216
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <16 x float> %139, %301
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %299, <16 x float> %302)
-  store <16 x float> %303, ptr %300, align 4, !tbaa !8
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 10240
-  %304 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
-  %305 = getelementptr inbounds nuw i8, ptr %255, i64 10240
-  %306 = load <16 x float>, ptr %305, align 4, !tbaa !8
-  %307 = fmul <16 x float> %141, %306
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %304, <16 x float> %307)
-  store <16 x float> %308, ptr %305, align 4, !tbaa !8
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 11264
-  %309 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %255, i64 11264
-  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <16 x float> %143, %311
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %309, <16 x float> %312)
-  store <16 x float> %313, ptr %310, align 4, !tbaa !8
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 12288
-  %314 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
-  %315 = getelementptr inbounds nuw i8, ptr %255, i64 12288
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !8
-  %317 = fmul <16 x float> %145, %316
-  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %314, <16 x float> %317)
-  store <16 x float> %318, ptr %315, align 4, !tbaa !8
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 13312
-  %319 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
-  %320 = getelementptr inbounds nuw i8, ptr %255, i64 13312
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
-  %322 = fmul <16 x float> %147, %321
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %319, <16 x float> %322)
-  store <16 x float> %323, ptr %320, align 4, !tbaa !8
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 14336
-  %324 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
-  %325 = getelementptr inbounds nuw i8, ptr %255, i64 14336
-  %326 = load <16 x float>, ptr %325, align 4, !tbaa !8
-  %327 = fmul <16 x float> %149, %326
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %324, <16 x float> %327)
-  store <16 x float> %328, ptr %325, align 4, !tbaa !8
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 15360
-  %329 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
-  %330 = getelementptr inbounds nuw i8, ptr %255, i64 15360
-  %331 = load <16 x float>, ptr %330, align 4, !tbaa !8
-  %332 = fmul <16 x float> %151, %331
-  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %329, <16 x float> %332)
-  store <16 x float> %333, ptr %330, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 4
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep76.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  br label %for_body_r_0.i
 
-for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
-  %334 = add nuw nsw i32 %step46.i, 1
-  %exitcond66.not.i = icmp eq i32 %334, %num_partials
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <16 x float> %old_sum.i, %95
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %70, <16 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
 
-for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_019.preheader.i ]
-  %335 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv71.i
-  %336 = load float, ptr %335, align 4, !tbaa !19
-  %337 = insertelement <16 x float> poison, float %336, i64 0
-  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
-  %339 = mul nsw i64 %indvars.iv71.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %252, i64 %339
-  %.idx = shl nuw nsw i64 %indvars.iv71.i, 10
-  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !8
-  %342 = fmul <16 x float> %341, %338
-  %343 = bitcast <16 x float> %342 to <16 x i32>
-  %344 = lshr <16 x i32> %343, splat (i32 16)
-  %345 = and <16 x i32> %344, splat (i32 1)
-  %346 = add nuw <16 x i32> %343, splat (i32 32767)
-  %347 = add nuw <16 x i32> %346, %345
-  %348 = lshr <16 x i32> %347, splat (i32 16)
-  %349 = trunc nuw <16 x i32> %348 to <16 x i16>
-  store <16 x i16> %349, ptr %invariant.gep49.i, align 2, !tbaa !8
-  %350 = getelementptr inbounds nuw i8, ptr %340, i64 64
-  %351 = load <16 x float>, ptr %350, align 4, !tbaa !8
-  %352 = fmul <16 x float> %338, %351
-  %353 = bitcast <16 x float> %352 to <16 x i32>
-  %354 = lshr <16 x i32> %353, splat (i32 16)
-  %355 = and <16 x i32> %354, splat (i32 1)
-  %356 = add nuw <16 x i32> %353, splat (i32 32767)
-  %357 = add nuw <16 x i32> %356, %355
-  %358 = lshr <16 x i32> %357, splat (i32 16)
-  %359 = trunc nuw <16 x i32> %358 to <16 x i16>
-  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
-  store <16 x i16> %359, ptr %gep50.1.i, align 2, !tbaa !8
-  %360 = getelementptr inbounds nuw i8, ptr %340, i64 128
-  %361 = load <16 x float>, ptr %360, align 4, !tbaa !8
-  %362 = fmul <16 x float> %338, %361
-  %363 = bitcast <16 x float> %362 to <16 x i32>
-  %364 = lshr <16 x i32> %363, splat (i32 16)
-  %365 = and <16 x i32> %364, splat (i32 1)
-  %366 = add nuw <16 x i32> %363, splat (i32 32767)
-  %367 = add nuw <16 x i32> %366, %365
-  %368 = lshr <16 x i32> %367, splat (i32 16)
-  %369 = trunc nuw <16 x i32> %368 to <16 x i16>
-  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
-  store <16 x i16> %369, ptr %gep50.2.i, align 2, !tbaa !8
-  %370 = getelementptr inbounds nuw i8, ptr %340, i64 192
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !8
-  %372 = fmul <16 x float> %338, %371
-  %373 = bitcast <16 x float> %372 to <16 x i32>
-  %374 = lshr <16 x i32> %373, splat (i32 16)
-  %375 = and <16 x i32> %374, splat (i32 1)
-  %376 = add nuw <16 x i32> %373, splat (i32 32767)
-  %377 = add nuw <16 x i32> %376, %375
-  %378 = lshr <16 x i32> %377, splat (i32 16)
-  %379 = trunc nuw <16 x i32> %378 to <16 x i16>
-  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
-  store <16 x i16> %379, ptr %gep50.3.i, align 2, !tbaa !8
-  %380 = getelementptr inbounds nuw i8, ptr %340, i64 256
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !8
-  %382 = fmul <16 x float> %338, %381
-  %383 = bitcast <16 x float> %382 to <16 x i32>
-  %384 = lshr <16 x i32> %383, splat (i32 16)
-  %385 = and <16 x i32> %384, splat (i32 1)
-  %386 = add nuw <16 x i32> %383, splat (i32 32767)
-  %387 = add nuw <16 x i32> %386, %385
-  %388 = lshr <16 x i32> %387, splat (i32 16)
-  %389 = trunc nuw <16 x i32> %388 to <16 x i16>
-  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
-  store <16 x i16> %389, ptr %gep50.4.i, align 2, !tbaa !8
-  %390 = getelementptr inbounds nuw i8, ptr %340, i64 320
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !8
-  %392 = fmul <16 x float> %338, %391
-  %393 = bitcast <16 x float> %392 to <16 x i32>
-  %394 = lshr <16 x i32> %393, splat (i32 16)
-  %395 = and <16 x i32> %394, splat (i32 1)
-  %396 = add nuw <16 x i32> %393, splat (i32 32767)
-  %397 = add nuw <16 x i32> %396, %395
-  %398 = lshr <16 x i32> %397, splat (i32 16)
-  %399 = trunc nuw <16 x i32> %398 to <16 x i16>
-  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
-  store <16 x i16> %399, ptr %gep50.5.i, align 2, !tbaa !8
-  %400 = getelementptr inbounds nuw i8, ptr %340, i64 384
-  %401 = load <16 x float>, ptr %400, align 4, !tbaa !8
-  %402 = fmul <16 x float> %338, %401
-  %403 = bitcast <16 x float> %402 to <16 x i32>
-  %404 = lshr <16 x i32> %403, splat (i32 16)
-  %405 = and <16 x i32> %404, splat (i32 1)
-  %406 = add nuw <16 x i32> %403, splat (i32 32767)
-  %407 = add nuw <16 x i32> %406, %405
-  %408 = lshr <16 x i32> %407, splat (i32 16)
-  %409 = trunc nuw <16 x i32> %408 to <16 x i16>
-  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
-  store <16 x i16> %409, ptr %gep50.6.i, align 2, !tbaa !8
-  %410 = getelementptr inbounds nuw i8, ptr %340, i64 448
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !8
-  %412 = fmul <16 x float> %338, %411
-  %413 = bitcast <16 x float> %412 to <16 x i32>
-  %414 = lshr <16 x i32> %413, splat (i32 16)
-  %415 = and <16 x i32> %414, splat (i32 1)
-  %416 = add nuw <16 x i32> %413, splat (i32 32767)
-  %417 = add nuw <16 x i32> %416, %415
-  %418 = lshr <16 x i32> %417, splat (i32 16)
-  %419 = trunc nuw <16 x i32> %418 to <16 x i16>
-  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
-  store <16 x i16> %419, ptr %gep50.7.i, align 2, !tbaa !8
-  %420 = getelementptr inbounds nuw i8, ptr %340, i64 512
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !8
-  %422 = fmul <16 x float> %338, %421
-  %423 = bitcast <16 x float> %422 to <16 x i32>
-  %424 = lshr <16 x i32> %423, splat (i32 16)
-  %425 = and <16 x i32> %424, splat (i32 1)
-  %426 = add nuw <16 x i32> %423, splat (i32 32767)
-  %427 = add nuw <16 x i32> %426, %425
-  %428 = lshr <16 x i32> %427, splat (i32 16)
-  %429 = trunc nuw <16 x i32> %428 to <16 x i16>
-  %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
-  store <16 x i16> %429, ptr %gep50.8.i, align 2, !tbaa !8
-  %430 = getelementptr inbounds nuw i8, ptr %340, i64 576
-  %431 = load <16 x float>, ptr %430, align 4, !tbaa !8
-  %432 = fmul <16 x float> %338, %431
-  %433 = bitcast <16 x float> %432 to <16 x i32>
-  %434 = lshr <16 x i32> %433, splat (i32 16)
-  %435 = and <16 x i32> %434, splat (i32 1)
-  %436 = add nuw <16 x i32> %433, splat (i32 32767)
-  %437 = add nuw <16 x i32> %436, %435
-  %438 = lshr <16 x i32> %437, splat (i32 16)
-  %439 = trunc nuw <16 x i32> %438 to <16 x i16>
-  %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
-  store <16 x i16> %439, ptr %gep50.9.i, align 2, !tbaa !8
-  %440 = getelementptr inbounds nuw i8, ptr %340, i64 640
-  %441 = load <16 x float>, ptr %440, align 4, !tbaa !8
-  %442 = fmul <16 x float> %338, %441
-  %443 = bitcast <16 x float> %442 to <16 x i32>
-  %444 = lshr <16 x i32> %443, splat (i32 16)
-  %445 = and <16 x i32> %444, splat (i32 1)
-  %446 = add nuw <16 x i32> %443, splat (i32 32767)
-  %447 = add nuw <16 x i32> %446, %445
-  %448 = lshr <16 x i32> %447, splat (i32 16)
-  %449 = trunc nuw <16 x i32> %448 to <16 x i16>
-  %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
-  store <16 x i16> %449, ptr %gep50.10.i, align 2, !tbaa !8
-  %450 = getelementptr inbounds nuw i8, ptr %340, i64 704
-  %451 = load <16 x float>, ptr %450, align 4, !tbaa !8
-  %452 = fmul <16 x float> %338, %451
-  %453 = bitcast <16 x float> %452 to <16 x i32>
-  %454 = lshr <16 x i32> %453, splat (i32 16)
-  %455 = and <16 x i32> %454, splat (i32 1)
-  %456 = add nuw <16 x i32> %453, splat (i32 32767)
-  %457 = add nuw <16 x i32> %456, %455
-  %458 = lshr <16 x i32> %457, splat (i32 16)
-  %459 = trunc nuw <16 x i32> %458 to <16 x i16>
-  %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
-  store <16 x i16> %459, ptr %gep50.11.i, align 2, !tbaa !8
-  %460 = getelementptr inbounds nuw i8, ptr %340, i64 768
-  %461 = load <16 x float>, ptr %460, align 4, !tbaa !8
-  %462 = fmul <16 x float> %338, %461
-  %463 = bitcast <16 x float> %462 to <16 x i32>
-  %464 = lshr <16 x i32> %463, splat (i32 16)
-  %465 = and <16 x i32> %464, splat (i32 1)
-  %466 = add nuw <16 x i32> %463, splat (i32 32767)
-  %467 = add nuw <16 x i32> %466, %465
-  %468 = lshr <16 x i32> %467, splat (i32 16)
-  %469 = trunc nuw <16 x i32> %468 to <16 x i16>
-  %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
-  store <16 x i16> %469, ptr %gep50.12.i, align 2, !tbaa !8
-  %470 = getelementptr inbounds nuw i8, ptr %340, i64 832
-  %471 = load <16 x float>, ptr %470, align 4, !tbaa !8
-  %472 = fmul <16 x float> %338, %471
-  %473 = bitcast <16 x float> %472 to <16 x i32>
-  %474 = lshr <16 x i32> %473, splat (i32 16)
-  %475 = and <16 x i32> %474, splat (i32 1)
-  %476 = add nuw <16 x i32> %473, splat (i32 32767)
-  %477 = add nuw <16 x i32> %476, %475
-  %478 = lshr <16 x i32> %477, splat (i32 16)
-  %479 = trunc nuw <16 x i32> %478 to <16 x i16>
-  %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
-  store <16 x i16> %479, ptr %gep50.13.i, align 2, !tbaa !8
-  %480 = getelementptr inbounds nuw i8, ptr %340, i64 896
-  %481 = load <16 x float>, ptr %480, align 4, !tbaa !8
-  %482 = fmul <16 x float> %338, %481
-  %483 = bitcast <16 x float> %482 to <16 x i32>
-  %484 = lshr <16 x i32> %483, splat (i32 16)
-  %485 = and <16 x i32> %484, splat (i32 1)
-  %486 = add nuw <16 x i32> %483, splat (i32 32767)
-  %487 = add nuw <16 x i32> %486, %485
-  %488 = lshr <16 x i32> %487, splat (i32 16)
-  %489 = trunc nuw <16 x i32> %488 to <16 x i16>
-  %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
-  store <16 x i16> %489, ptr %gep50.14.i, align 2, !tbaa !8
-  %490 = getelementptr inbounds nuw i8, ptr %340, i64 960
-  %491 = load <16 x float>, ptr %490, align 4, !tbaa !8
-  %492 = fmul <16 x float> %338, %491
-  %493 = bitcast <16 x float> %492 to <16 x i32>
-  %494 = lshr <16 x i32> %493, splat (i32 16)
-  %495 = and <16 x i32> %494, splat (i32 1)
-  %496 = add nuw <16 x i32> %493, splat (i32 32767)
-  %497 = add nuw <16 x i32> %496, %495
-  %498 = lshr <16 x i32> %497, splat (i32 16)
-  %499 = trunc nuw <16 x i32> %498 to <16 x i16>
-  %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
-  store <16 x i16> %499, ptr %gep50.15.i, align 2, !tbaa !8
-  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
-  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
-  br i1 %exitcond74.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
+for_body_r_0.i:                                   ; preds = %if_end18.i.1, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.1, %if_end18.i.1 ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep77.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
 
-for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %500 = add nsw i32 %num_keys, -1
-  %501 = sitofp i32 %500 to float
-  %502 = bitcast float %501 to i32
-  %503 = ashr i32 %502, 23
-  %504 = mul nsw i64 %lse_batch, %250
-  %505 = getelementptr float, ptr %lse, i64 %504
-  %506 = tail call i32 @llvm.smax.i32(i32 %503, i32 125)
-  %507 = shl nuw nsw i32 %506, 23
-  %508 = add nuw i32 %507, 16777216
-  %509 = bitcast i32 %508 to float
-  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %510 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %510, label %if_end30.i, label %if_else.i
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <16 x float>, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
 
-if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %511 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %509
-  %512 = tail call float @llvm.log.f32(float %511)
-  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %513 = fadd float %row_max40.sroa.0.0.vec.extract.i, %512
-  br label %if_end30.i
+for_end_r_0.i:                                    ; preds = %if_end18.i.1
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 16
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !32
 
-if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %514 = phi float [ %513, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %514, ptr %505, align 4, !tbaa !8
-  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %515 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %515, label %if_end30.1.i, label %if_else.1.i
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <16 x float> zeroinitializer, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
 
-if_else.1.i:                                      ; preds = %if_end30.i
-  %516 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %509
-  %517 = tail call float @llvm.log.f32(float %516)
-  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %518 = fadd float %row_max40.sroa.0.4.vec.extract.i, %517
-  br label %if_end30.1.i
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 8, !tbaa !33
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep79.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 8, !tbaa !34
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = fmul <16 x float> %129, %138
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %134, <16 x float> %139)
+  store <16 x float> %140, ptr %gep79.i, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %141 = shl nuw nsw i64 %indvars.iv.next.i, 8
+  %gep77.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %141
+  br i1 %60, label %if_then17.i.1, label %for_body_r_0.i.if_end18.i_crit_edge.1, !prof !6
 
-if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %519 = phi float [ %518, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %520 = getelementptr i8, ptr %505, i64 4
-  store float %519, ptr %520, align 4, !tbaa !8
-  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %521 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %521, label %if_end30.2.i, label %if_else.2.i
+for_body_r_0.i.if_end18.i_crit_edge.1:            ; preds = %if_end18.i
+  %.pre.1 = load <16 x float>, ptr %gep77.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
 
-if_else.2.i:                                      ; preds = %if_end30.1.i
-  %522 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %509
-  %523 = tail call float @llvm.log.f32(float %522)
-  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %524 = fadd float %row_max40.sroa.0.8.vec.extract.i, %523
-  br label %if_end30.2.i
+if_then17.i.1:                                    ; preds = %if_end18.i
+  store <16 x float> zeroinitializer, ptr %gep77.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
 
-if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %525 = phi float [ %524, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %526 = getelementptr i8, ptr %505, i64 8
-  store float %525, ptr %526, align 4, !tbaa !8
-  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %527 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %527, label %if_end30.3.i, label %if_else.3.i
+if_end18.i.1:                                     ; preds = %if_then17.i.1, %for_body_r_0.i.if_end18.i_crit_edge.1
+  %142 = phi <16 x float> [ %.pre.1, %for_body_r_0.i.if_end18.i_crit_edge.1 ], [ zeroinitializer, %if_then17.i.1 ]
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %144 = load float, ptr %143, align 4, !tbaa !33
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %141
+  %147 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep79.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %141
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %149 = load float, ptr %148, align 4, !tbaa !34
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = fmul <16 x float> %142, %151
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %152)
+  store <16 x float> %153, ptr %gep79.i.1, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
+  %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 16
+  br i1 %exitcond.not.i.1, label %for_end_r_0.i, label %for_body_r_0.i, !prof !32, !llvm.loop !35
 
-if_else.3.i:                                      ; preds = %if_end30.2.i
-  %528 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %509
-  %529 = tail call float @llvm.log.f32(float %528)
-  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %530 = fadd float %row_max40.sroa.0.12.vec.extract.i, %529
-  br label %if_end30.3.i
+for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_end_d_021.i ]
+  %154 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %155 = load float, ptr %154, align 4, !tbaa !37
+  %156 = insertelement <16 x float> poison, float %155, i64 0
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> zeroinitializer
+  %158 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %123, i64 %158
+  %.idx74.i = shl nuw nsw i64 %indvars.iv65.i, 10
+  %invariant.gep80.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx74.i
+  br label %for_body_d_020.i
 
-if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %531 = phi float [ %530, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %532 = getelementptr i8, ptr %505, i64 12
-  store float %531, ptr %532, align 4, !tbaa !8
-  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %533 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %533, label %if_end30.4.i, label %if_else.4.i
+for_begin_r24.preheader.i:                        ; preds = %for_end_d_021.i
+  %159 = add nsw i32 %num_keys, -1
+  %160 = sitofp i32 %159 to float
+  %161 = bitcast float %160 to i32
+  %162 = ashr i32 %161, 23
+  %163 = mul nsw i64 %lse_batch, %121
+  %164 = getelementptr float, ptr %lse, i64 %163
+  %165 = tail call i32 @llvm.smax.i32(i32 %162, i32 125)
+  %166 = shl nuw nsw i32 %165, 23
+  %167 = add nuw i32 %166, 16777216
+  %168 = bitcast i32 %167 to float
+  br label %for_body_r25.i
 
-if_else.4.i:                                      ; preds = %if_end30.3.i
-  %534 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %509
-  %535 = tail call float @llvm.log.f32(float %534)
-  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %536 = fadd float %row_max40.sroa.0.16.vec.extract.i, %535
-  br label %if_end30.4.i
+for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %for_begin_d_019.preheader.i
+  %indvars.iv61.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next62.i.3, %for_body_d_020.i ]
+  %169 = shl nuw nsw i64 %indvars.iv61.i, 4
+  %gep81.i = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %169
+  %170 = load <16 x float>, ptr %gep81.i, align 4, !tbaa !8
+  %171 = fmul <16 x float> %157, %170
+  %172 = bitcast <16 x float> %171 to <16 x i32>
+  %173 = lshr <16 x i32> %172, splat (i32 16)
+  %174 = and <16 x i32> %173, splat (i32 1)
+  %175 = add nuw <16 x i32> %172, splat (i32 32767)
+  %176 = add nuw <16 x i32> %175, %174
+  %177 = lshr <16 x i32> %176, splat (i32 16)
+  %178 = trunc nuw <16 x i32> %177 to <16 x i16>
+  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %169
+  store <16 x i16> %178, ptr %gep50.i, align 2, !tbaa !8
+  %indvars.iv.next62.i = shl i64 %indvars.iv61.i, 4
+  %179 = or disjoint i64 %indvars.iv.next62.i, 16
+  %gep81.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %179
+  %180 = load <16 x float>, ptr %gep81.i.1, align 4, !tbaa !8
+  %181 = fmul <16 x float> %157, %180
+  %182 = bitcast <16 x float> %181 to <16 x i32>
+  %183 = lshr <16 x i32> %182, splat (i32 16)
+  %184 = and <16 x i32> %183, splat (i32 1)
+  %185 = add nuw <16 x i32> %182, splat (i32 32767)
+  %186 = add nuw <16 x i32> %185, %184
+  %187 = lshr <16 x i32> %186, splat (i32 16)
+  %188 = trunc nuw <16 x i32> %187 to <16 x i16>
+  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %179
+  store <16 x i16> %188, ptr %gep50.i.1, align 2, !tbaa !8
+  %indvars.iv.next62.i.1 = shl i64 %indvars.iv61.i, 4
+  %189 = or disjoint i64 %indvars.iv.next62.i.1, 32
+  %gep81.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %189
+  %190 = load <16 x float>, ptr %gep81.i.2, align 4, !tbaa !8
+  %191 = fmul <16 x float> %157, %190
+  %192 = bitcast <16 x float> %191 to <16 x i32>
+  %193 = lshr <16 x i32> %192, splat (i32 16)
+  %194 = and <16 x i32> %193, splat (i32 1)
+  %195 = add nuw <16 x i32> %192, splat (i32 32767)
+  %196 = add nuw <16 x i32> %195, %194
+  %197 = lshr <16 x i32> %196, splat (i32 16)
+  %198 = trunc nuw <16 x i32> %197 to <16 x i16>
+  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %189
+  store <16 x i16> %198, ptr %gep50.i.2, align 2, !tbaa !8
+  %indvars.iv.next62.i.2 = shl i64 %indvars.iv61.i, 4
+  %199 = or disjoint i64 %indvars.iv.next62.i.2, 48
+  %gep81.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %199
+  %200 = load <16 x float>, ptr %gep81.i.3, align 4, !tbaa !8
+  %201 = fmul <16 x float> %157, %200
+  %202 = bitcast <16 x float> %201 to <16 x i32>
+  %203 = lshr <16 x i32> %202, splat (i32 16)
+  %204 = and <16 x i32> %203, splat (i32 1)
+  %205 = add nuw <16 x i32> %202, splat (i32 32767)
+  %206 = add nuw <16 x i32> %205, %204
+  %207 = lshr <16 x i32> %206, splat (i32 16)
+  %208 = trunc nuw <16 x i32> %207 to <16 x i16>
+  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %199
+  store <16 x i16> %208, ptr %gep50.i.3, align 2, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 16
+  br i1 %exitcond64.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !32, !llvm.loop !38
 
-if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %537 = phi float [ %536, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %538 = getelementptr i8, ptr %505, i64 16
-  store float %537, ptr %538, align 4, !tbaa !8
-  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %539 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %539, label %if_end30.5.i, label %if_else.5.i
+for_end_d_021.i:                                  ; preds = %for_body_d_020.i
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !32
 
-if_else.5.i:                                      ; preds = %if_end30.4.i
-  %540 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %509
-  %541 = tail call float @llvm.log.f32(float %540)
-  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %542 = fadd float %row_max40.sroa.0.20.vec.extract.i, %541
-  br label %if_end30.5.i
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i.3, %if_end30.i.3 ]
+  %209 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %210 = load float, ptr %209, align 16, !tbaa !40
+  %211 = fcmp oeq float %210, 0.000000e+00
+  br i1 %211, label %if_end30.i, label %if_else.i
 
-if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %543 = phi float [ %542, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %544 = getelementptr i8, ptr %505, i64 20
-  store float %543, ptr %544, align 4, !tbaa !8
-  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %545 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %545, label %if_end30.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end30.5.i
-  %546 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %509
-  %547 = tail call float @llvm.log.f32(float %546)
-  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %548 = fadd float %row_max40.sroa.0.24.vec.extract.i, %547
-  br label %if_end30.6.i
-
-if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %549 = phi float [ %548, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %550 = getelementptr i8, ptr %505, i64 24
-  store float %549, ptr %550, align 4, !tbaa !8
-  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %551 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %551, label %if_end30.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end30.6.i
-  %552 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %509
-  %553 = tail call float @llvm.log.f32(float %552)
-  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %554 = fadd float %row_max40.sroa.0.28.vec.extract.i, %553
-  br label %if_end30.7.i
-
-if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %555 = phi float [ %554, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %556 = getelementptr i8, ptr %505, i64 28
-  store float %555, ptr %556, align 4, !tbaa !8
-  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %557 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %557, label %if_end30.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end30.7.i
-  %558 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %509
-  %559 = tail call float @llvm.log.f32(float %558)
-  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %560 = fadd float %row_max40.sroa.0.32.vec.extract.i, %559
-  br label %if_end30.8.i
-
-if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %561 = phi float [ %560, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %562 = getelementptr i8, ptr %505, i64 32
-  store float %561, ptr %562, align 4, !tbaa !8
-  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %563 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %563, label %if_end30.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end30.8.i
-  %564 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %509
-  %565 = tail call float @llvm.log.f32(float %564)
-  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %566 = fadd float %row_max40.sroa.0.36.vec.extract.i, %565
-  br label %if_end30.9.i
-
-if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %567 = phi float [ %566, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %568 = getelementptr i8, ptr %505, i64 36
-  store float %567, ptr %568, align 4, !tbaa !8
-  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %569 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %569, label %if_end30.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end30.9.i
-  %570 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %509
-  %571 = tail call float @llvm.log.f32(float %570)
-  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %572 = fadd float %row_max40.sroa.0.40.vec.extract.i, %571
-  br label %if_end30.10.i
-
-if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %573 = phi float [ %572, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %574 = getelementptr i8, ptr %505, i64 40
-  store float %573, ptr %574, align 4, !tbaa !8
-  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %575 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %575, label %if_end30.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end30.10.i
-  %576 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %509
-  %577 = tail call float @llvm.log.f32(float %576)
-  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %578 = fadd float %row_max40.sroa.0.44.vec.extract.i, %577
-  br label %if_end30.11.i
-
-if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %579 = phi float [ %578, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %580 = getelementptr i8, ptr %505, i64 44
-  store float %579, ptr %580, align 4, !tbaa !8
-  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %581 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %581, label %if_end30.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end30.11.i
-  %582 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %509
-  %583 = tail call float @llvm.log.f32(float %582)
-  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %584 = fadd float %row_max40.sroa.0.48.vec.extract.i, %583
-  br label %if_end30.12.i
-
-if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %585 = phi float [ %584, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %586 = getelementptr i8, ptr %505, i64 48
-  store float %585, ptr %586, align 4, !tbaa !8
-  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %587 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %587, label %if_end30.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end30.12.i
-  %588 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %509
-  %589 = tail call float @llvm.log.f32(float %588)
-  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %590 = fadd float %row_max40.sroa.0.52.vec.extract.i, %589
-  br label %if_end30.13.i
-
-if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %591 = phi float [ %590, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %592 = getelementptr i8, ptr %505, i64 52
-  store float %591, ptr %592, align 4, !tbaa !8
-  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %593 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %593, label %if_end30.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end30.13.i
-  %594 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %509
-  %595 = tail call float @llvm.log.f32(float %594)
-  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %596 = fadd float %row_max40.sroa.0.56.vec.extract.i, %595
-  br label %if_end30.14.i
-
-if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %597 = phi float [ %596, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %598 = getelementptr i8, ptr %505, i64 56
-  store float %597, ptr %598, align 4, !tbaa !8
-  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %599 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %599, label %if_end30.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end30.14.i
-  %600 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %509
-  %601 = tail call float @llvm.log.f32(float %600)
-  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %602 = fadd float %row_max40.sroa.0.60.vec.extract.i, %601
-  br label %if_end30.15.i
-
-if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %603 = phi float [ %602, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %604 = getelementptr i8, ptr %505, i64 60
-  store float %603, ptr %604, align 4, !tbaa !8
-  %605 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %606 = tail call i32 %605(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %606, 0
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %212 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %213 = tail call i32 %212(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %213, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+if_else.i:                                        ; preds = %for_body_r25.i
+  %214 = fmul float %210, %168
+  %215 = tail call float @llvm.log.f32(float %214)
+  %216 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %217 = load float, ptr %216, align 16, !tbaa !42
+  %218 = fadd float %215, %217
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %219 = phi float [ %218, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %220 = getelementptr float, ptr %164, i64 %indvars.iv69.i
+  store float %219, ptr %220, align 4, !tbaa !8
+  %indvars.iv.next70.i = or disjoint i64 %indvars.iv69.i, 1
+  %221 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i
+  %222 = load float, ptr %221, align 4, !tbaa !40
+  %223 = fcmp oeq float %222, 0.000000e+00
+  br i1 %223, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %224 = fmul float %222, %168
+  %225 = tail call float @llvm.log.f32(float %224)
+  %226 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i
+  %227 = load float, ptr %226, align 4, !tbaa !42
+  %228 = fadd float %225, %227
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %229 = phi float [ %228, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %230 = getelementptr float, ptr %164, i64 %indvars.iv.next70.i
+  store float %229, ptr %230, align 4, !tbaa !8
+  %indvars.iv.next70.i.1 = or disjoint i64 %indvars.iv69.i, 2
+  %231 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.1
+  %232 = load float, ptr %231, align 8, !tbaa !40
+  %233 = fcmp oeq float %232, 0.000000e+00
+  br i1 %233, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %234 = fmul float %232, %168
+  %235 = tail call float @llvm.log.f32(float %234)
+  %236 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.1
+  %237 = load float, ptr %236, align 8, !tbaa !42
+  %238 = fadd float %235, %237
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %239 = phi float [ %238, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %240 = getelementptr float, ptr %164, i64 %indvars.iv.next70.i.1
+  store float %239, ptr %240, align 4, !tbaa !8
+  %indvars.iv.next70.i.2 = or disjoint i64 %indvars.iv69.i, 3
+  %241 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.2
+  %242 = load float, ptr %241, align 4, !tbaa !40
+  %243 = fcmp oeq float %242, 0.000000e+00
+  br i1 %243, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %244 = fmul float %242, %168
+  %245 = tail call float @llvm.log.f32(float %244)
+  %246 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.2
+  %247 = load float, ptr %246, align 4, !tbaa !42
+  %248 = fadd float %245, %247
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %249 = phi float [ %248, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %250 = getelementptr float, ptr %164, i64 %indvars.iv.next70.i.2
+  store float %249, ptr %250, align 4, !tbaa !8
+  %indvars.iv.next70.i.3 = add nuw nsw i64 %indvars.iv69.i, 4
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next70.i.3, 16
+  br i1 %exitcond72.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !32, !llvm.loop !44
+
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5924,7 +5424,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22,\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -5934,13 +5434,38 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!"branch_weights", i32 1, i32 1048575}
-!11 = !{!12, !12, i64 0}
-!12 = !{!"buffer10.w64.b0", !13, i64 0}
-!13 = !{!"buffer10.w128.b0", !14, i64 0}
-!14 = !{!"buffer10.w256.b0", !15, i64 0}
-!15 = !{!"buffer10.w512.b0", !16, i64 0}
-!16 = !{!"buffer10.w1024.b0", !17, i64 0}
-!17 = !{!"buffer10", !5, i64 0}
-!18 = !{!"branch_weights", i32 127, i32 134217601}
-!19 = !{!17, !17, i64 0}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer10.w64.b0", !12, i64 0}
+!12 = !{!"buffer10.w128.b0", !13, i64 0}
+!13 = !{!"buffer10.w256.b0", !14, i64 0}
+!14 = !{!"buffer10.w512.b0", !15, i64 0}
+!15 = !{!"buffer10.w1024.b0", !16, i64 0}
+!16 = !{!"buffer10", !5, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer11.w64.b0", !19, i64 0}
+!19 = !{!"buffer11.w128.b0", !20, i64 0}
+!20 = !{!"buffer11.w256.b0", !21, i64 0}
+!21 = !{!"buffer11.w512.b0", !22, i64 0}
+!22 = !{!"buffer11.w1024.b0", !23, i64 0}
+!23 = !{!"buffer11", !5, i64 0}
+!24 = !{!25, !25, i64 0}
+!25 = !{!"buffer12.w64.b0", !26, i64 0}
+!26 = !{!"buffer12.w128.b0", !27, i64 0}
+!27 = !{!"buffer12.w256.b0", !28, i64 0}
+!28 = !{!"buffer12.w512.b0", !29, i64 0}
+!29 = !{!"buffer12.w1024.b0", !30, i64 0}
+!30 = !{!"buffer12", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!"branch_weights", i32 1, i32 1048575}
+!33 = !{!23, !23, i64 0}
+!34 = !{!16, !16, i64 0}
+!35 = distinct !{!35, !36}
+!36 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!37 = !{!30, !30, i64 0}
+!38 = distinct !{!38, !39}
+!39 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!40 = !{!41, !41, i64 0}
+!41 = !{!"buffer13", !5, i64 0}
+!42 = !{!43, !43, i64 0}
+!43 = !{!"buffer14", !5, i64 0}
+!44 = distinct !{!44, !39}

@@ -7947,9 +7947,9 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %172, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %step46.i = phi i32 [ %127, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
   %53 = phi <128 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <128 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <128 x float> [ %126, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -8020,376 +8020,339 @@ for_body_step.i:                                  ; preds = %for_end_d_0.i, %for
   %115 = fcmp one <128 x float> %70, zeroinitializer
   %116 = select <128 x i1> %115, <128 x float> %114, <128 x float> zeroinitializer
   store <128 x float> %116, ptr %beta37.i, align 16, !tbaa !14
-  %117 = fmul <128 x float> %old_sum.i, %95
-  %118 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %116, <128 x float> %70, <128 x float> %117)
   %.idx.i = shl nsw i64 %64, 18
-  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_begin_r_0.preheader.us.i, label %for_begin_r_0.preheader.i, !prof !6
-
-for_begin_r_0.preheader.us.i:                     ; preds = %for_end_r_0.split.us.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_end_r_0.split.us.us.i ], [ 0, %for_body_step.i ]
-  %120 = shl nuw nsw i64 %indvars.iv65.i, 4
-  %invariant.gep.us.i = getelementptr float, ptr %119, i64 %120
-  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
-  br label %for_body_r_0.us.us.i
-
-for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_begin_r_0.preheader.us.i
-  %indvars.iv61.i = phi i64 [ 0, %for_begin_r_0.preheader.us.i ], [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ]
-  %121 = shl nuw nsw i64 %indvars.iv61.i, 9
-  %gep89.i = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %121
-  store <16 x float> zeroinitializer, ptr %gep89.i, align 4, !tbaa !8
-  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
-  %123 = load float, ptr %122, align 16, !tbaa !18
-  %124 = insertelement <16 x float> poison, float %123, i64 0
-  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i = getelementptr float, ptr %invariant.gep.us.i, i64 %121
-  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
-  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
-  %128 = load float, ptr %127, align 16, !tbaa !19
-  %.scalar = fmul float %128, 0.000000e+00
-  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
-  store <16 x float> %131, ptr %gep89.i, align 4, !tbaa !8
-  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
-  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 9
-  %gep89.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %132
-  store <16 x float> zeroinitializer, ptr %gep89.i.1, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
-  %134 = load float, ptr %133, align 4, !tbaa !18
-  %135 = insertelement <16 x float> poison, float %134, i64 0
-  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.1 = getelementptr float, ptr %invariant.gep.us.i, i64 %132
-  %137 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
-  %138 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
-  %139 = load float, ptr %138, align 4, !tbaa !19
-  %.scalar.1 = fmul float %139, 0.000000e+00
-  %140 = insertelement <16 x float> poison, float %.scalar.1, i64 0
-  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %137, <16 x float> %141)
-  store <16 x float> %142, ptr %gep89.i.1, align 4, !tbaa !8
-  %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
-  %143 = shl nuw nsw i64 %indvars.iv.next62.i.1, 9
-  %gep89.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %143
-  store <16 x float> zeroinitializer, ptr %gep89.i.2, align 4, !tbaa !8
-  %144 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
-  %145 = load float, ptr %144, align 8, !tbaa !18
-  %146 = insertelement <16 x float> poison, float %145, i64 0
-  %147 = shufflevector <16 x float> %146, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.2 = getelementptr float, ptr %invariant.gep.us.i, i64 %143
-  %148 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
-  %149 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
-  %150 = load float, ptr %149, align 8, !tbaa !19
-  %.scalar.2 = fmul float %150, 0.000000e+00
-  %151 = insertelement <16 x float> poison, float %.scalar.2, i64 0
-  %152 = shufflevector <16 x float> %151, <16 x float> poison, <16 x i32> zeroinitializer
-  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %148, <16 x float> %152)
-  store <16 x float> %153, ptr %gep89.i.2, align 4, !tbaa !8
-  %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
-  %154 = shl nuw nsw i64 %indvars.iv.next62.i.2, 9
-  %gep89.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %154
-  store <16 x float> zeroinitializer, ptr %gep89.i.3, align 4, !tbaa !8
-  %155 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
-  %156 = load float, ptr %155, align 4, !tbaa !18
-  %157 = insertelement <16 x float> poison, float %156, i64 0
-  %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep.us.us.i.3 = getelementptr float, ptr %invariant.gep.us.i, i64 %154
-  %159 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
-  %160 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
-  %161 = load float, ptr %160, align 4, !tbaa !19
-  %.scalar.3 = fmul float %161, 0.000000e+00
-  %162 = insertelement <16 x float> poison, float %.scalar.3, i64 0
-  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %159, <16 x float> %163)
-  store <16 x float> %164, ptr %gep89.i.3, align 4, !tbaa !8
-  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
-  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 128
-  br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !20, !llvm.loop !21
-
-for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !20
+  %117 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_r_0.preheader.i
 
 for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %126, %for_end_d_0.i ]
   %m44.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <128 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <128 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %165 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
-  %166 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
-  %167 = select <128 x i1> %166, <128 x float> zeroinitializer, <128 x float> %165
-  store <128 x float> %167, ptr %factor34.i, align 16, !tbaa !23
+  %118 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
+  %119 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
+  %120 = select <128 x i1> %119, <128 x float> zeroinitializer, <128 x float> %118
+  store <128 x float> %120, ptr %factor34.i, align 16, !tbaa !18
   %sext = shl i64 %20, 32
-  %168 = ashr exact i64 %sext, 32
-  %169 = mul nsw i64 %out_batch, %168
-  %170 = getelementptr i16, ptr %out, i64 %169
+  %121 = ashr exact i64 %sext, 32
+  %122 = mul nsw i64 %out_batch, %121
+  %123 = getelementptr i16, ptr %out, i64 %122
   br label %for_begin_d_019.preheader.i
 
-for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.split.i, %for_body_step.i
-  %indvars.iv57.i = phi i64 [ %indvars.iv.next58.i, %for_end_r_0.split.i ], [ 0, %for_body_step.i ]
-  %171 = shl nuw nsw i64 %indvars.iv57.i, 4
-  %invariant.gep.i = getelementptr float, ptr %119, i64 %171
-  %invariant.gep86.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_body_step.i
+  %indvars.iv56.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next57.i, %for_end_r_0.i ]
+  %124 = shl nuw nsw i64 %indvars.iv56.i, 4
+  %invariant.gep.i = getelementptr float, ptr %117, i64 %124
+  %invariant.gep76.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
   br label %for_body_r_0.i
 
-for_end_d_0.i:                                    ; preds = %for_end_r_0.split.i, %for_end_r_0.split.us.us.i
-  %172 = add nuw nsw i32 %step46.i, 1
-  %exitcond69.not.i = icmp eq i32 %172, %num_partials
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !27
+for_end_d_0.i:                                    ; preds = %for_end_r_0.i
+  %125 = fmul <128 x float> %old_sum.i, %95
+  %126 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %116, <128 x float> %70, <128 x float> %125)
+  %127 = add nuw nsw i32 %step46.i, 1
+  %exitcond60.not.i = icmp eq i32 %127, %num_partials
+  br i1 %exitcond60.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
 
-for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_begin_r_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.3, %for_body_r_0.i ]
-  %173 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %174 = load float, ptr %173, align 16, !tbaa !18
-  %175 = insertelement <16 x float> poison, float %174, i64 0
-  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = shl nuw nsw i64 %indvars.iv.i, 9
-  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %177
-  %178 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
-  %gep87.i = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %177
-  %179 = load <16 x float>, ptr %gep87.i, align 4, !tbaa !8
-  %180 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %181 = load float, ptr %180, align 16, !tbaa !19
-  %182 = insertelement <16 x float> poison, float %181, i64 0
-  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> zeroinitializer
-  %184 = fmul <16 x float> %179, %183
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %178, <16 x float> %184)
-  store <16 x float> %185, ptr %gep87.i, align 4, !tbaa !8
+for_body_r_0.i:                                   ; preds = %if_end18.i.3, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.3, %if_end18.i.3 ]
+  %128 = shl nuw nsw i64 %indvars.iv.i, 9
+  %gep77.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  br i1 %60, label %if_then17.i, label %for_body_r_0.i.if_end18.i_crit_edge, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge:              ; preds = %for_body_r_0.i
+  %.pre = load <16 x float>, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+for_end_r_0.i:                                    ; preds = %if_end18.i.3
+  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
+  %exitcond59.not.i = icmp eq i64 %indvars.iv.next57.i, 32
+  br i1 %exitcond59.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !23
+
+if_then17.i:                                      ; preds = %for_body_r_0.i
+  store <16 x float> zeroinitializer, ptr %gep77.i, align 4, !tbaa !8
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %for_body_r_0.i.if_end18.i_crit_edge
+  %129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end18.i_crit_edge ], [ zeroinitializer, %if_then17.i ]
+  %130 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %131 = load float, ptr %130, align 16, !tbaa !24
+  %132 = insertelement <16 x float> poison, float %131, i64 0
+  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %128
+  %134 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep79.i = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %128
+  %135 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %136 = load float, ptr %135, align 16, !tbaa !25
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = fmul <16 x float> %129, %138
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %134, <16 x float> %139)
+  store <16 x float> %140, ptr %gep79.i, align 4, !tbaa !8
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %186 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
-  %187 = load float, ptr %186, align 4, !tbaa !18
-  %188 = insertelement <16 x float> poison, float %187, i64 0
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %190 = shl nuw nsw i64 %indvars.iv.next.i, 9
-  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %190
-  %191 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
-  %gep87.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %190
-  %192 = load <16 x float>, ptr %gep87.i.1, align 4, !tbaa !8
-  %193 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
-  %194 = load float, ptr %193, align 4, !tbaa !19
-  %195 = insertelement <16 x float> poison, float %194, i64 0
-  %196 = shufflevector <16 x float> %195, <16 x float> poison, <16 x i32> zeroinitializer
-  %197 = fmul <16 x float> %192, %196
-  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %191, <16 x float> %197)
-  store <16 x float> %198, ptr %gep87.i.1, align 4, !tbaa !8
+  %141 = shl nuw nsw i64 %indvars.iv.next.i, 9
+  %gep77.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %141
+  br i1 %60, label %if_then17.i.1, label %for_body_r_0.i.if_end18.i_crit_edge.1, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.1:            ; preds = %if_end18.i
+  %.pre.1 = load <16 x float>, ptr %gep77.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_then17.i.1:                                    ; preds = %if_end18.i
+  store <16 x float> zeroinitializer, ptr %gep77.i.1, align 4, !tbaa !8
+  br label %if_end18.i.1
+
+if_end18.i.1:                                     ; preds = %if_then17.i.1, %for_body_r_0.i.if_end18.i_crit_edge.1
+  %142 = phi <16 x float> [ %.pre.1, %for_body_r_0.i.if_end18.i_crit_edge.1 ], [ zeroinitializer, %if_then17.i.1 ]
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %144 = load float, ptr %143, align 4, !tbaa !24
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %141
+  %147 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep79.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %141
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %149 = load float, ptr %148, align 4, !tbaa !25
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = fmul <16 x float> %142, %151
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %152)
+  store <16 x float> %153, ptr %gep79.i.1, align 4, !tbaa !8
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
-  %199 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
-  %200 = load float, ptr %199, align 8, !tbaa !18
-  %201 = insertelement <16 x float> poison, float %200, i64 0
-  %202 = shufflevector <16 x float> %201, <16 x float> poison, <16 x i32> zeroinitializer
-  %203 = shl nuw nsw i64 %indvars.iv.next.i.1, 9
-  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %203
-  %204 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
-  %gep87.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %203
-  %205 = load <16 x float>, ptr %gep87.i.2, align 4, !tbaa !8
-  %206 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
-  %207 = load float, ptr %206, align 8, !tbaa !19
-  %208 = insertelement <16 x float> poison, float %207, i64 0
-  %209 = shufflevector <16 x float> %208, <16 x float> poison, <16 x i32> zeroinitializer
-  %210 = fmul <16 x float> %205, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %204, <16 x float> %210)
-  store <16 x float> %211, ptr %gep87.i.2, align 4, !tbaa !8
+  %154 = shl nuw nsw i64 %indvars.iv.next.i.1, 9
+  %gep77.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %154
+  br i1 %60, label %if_then17.i.2, label %for_body_r_0.i.if_end18.i_crit_edge.2, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.2:            ; preds = %if_end18.i.1
+  %.pre.2 = load <16 x float>, ptr %gep77.i.2, align 4, !tbaa !8
+  br label %if_end18.i.2
+
+if_then17.i.2:                                    ; preds = %if_end18.i.1
+  store <16 x float> zeroinitializer, ptr %gep77.i.2, align 4, !tbaa !8
+  br label %if_end18.i.2
+
+if_end18.i.2:                                     ; preds = %if_then17.i.2, %for_body_r_0.i.if_end18.i_crit_edge.2
+  %155 = phi <16 x float> [ %.pre.2, %for_body_r_0.i.if_end18.i_crit_edge.2 ], [ zeroinitializer, %if_then17.i.2 ]
+  %156 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %157 = load float, ptr %156, align 8, !tbaa !24
+  %158 = insertelement <16 x float> poison, float %157, i64 0
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %154
+  %160 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %gep79.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %154
+  %161 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %162 = load float, ptr %161, align 8, !tbaa !25
+  %163 = insertelement <16 x float> poison, float %162, i64 0
+  %164 = shufflevector <16 x float> %163, <16 x float> poison, <16 x i32> zeroinitializer
+  %165 = fmul <16 x float> %155, %164
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %160, <16 x float> %165)
+  store <16 x float> %166, ptr %gep79.i.2, align 4, !tbaa !8
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
-  %212 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
-  %213 = load float, ptr %212, align 4, !tbaa !18
-  %214 = insertelement <16 x float> poison, float %213, i64 0
-  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
-  %216 = shl nuw nsw i64 %indvars.iv.next.i.2, 9
-  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %216
-  %217 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
-  %gep87.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep86.i, i64 %216
-  %218 = load <16 x float>, ptr %gep87.i.3, align 4, !tbaa !8
-  %219 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
-  %220 = load float, ptr %219, align 4, !tbaa !19
-  %221 = insertelement <16 x float> poison, float %220, i64 0
-  %222 = shufflevector <16 x float> %221, <16 x float> poison, <16 x i32> zeroinitializer
-  %223 = fmul <16 x float> %218, %222
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %217, <16 x float> %223)
-  store <16 x float> %224, ptr %gep87.i.3, align 4, !tbaa !8
+  %167 = shl nuw nsw i64 %indvars.iv.next.i.2, 9
+  %gep77.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %167
+  br i1 %60, label %if_then17.i.3, label %for_body_r_0.i.if_end18.i_crit_edge.3, !prof !6
+
+for_body_r_0.i.if_end18.i_crit_edge.3:            ; preds = %if_end18.i.2
+  %.pre.3 = load <16 x float>, ptr %gep77.i.3, align 4, !tbaa !8
+  br label %if_end18.i.3
+
+if_then17.i.3:                                    ; preds = %if_end18.i.2
+  store <16 x float> zeroinitializer, ptr %gep77.i.3, align 4, !tbaa !8
+  br label %if_end18.i.3
+
+if_end18.i.3:                                     ; preds = %if_then17.i.3, %for_body_r_0.i.if_end18.i_crit_edge.3
+  %168 = phi <16 x float> [ %.pre.3, %for_body_r_0.i.if_end18.i_crit_edge.3 ], [ zeroinitializer, %if_then17.i.3 ]
+  %169 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %170 = load float, ptr %169, align 4, !tbaa !24
+  %171 = insertelement <16 x float> poison, float %170, i64 0
+  %172 = shufflevector <16 x float> %171, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %167
+  %173 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %gep79.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep76.i, i64 %167
+  %174 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %175 = load float, ptr %174, align 4, !tbaa !25
+  %176 = insertelement <16 x float> poison, float %175, i64 0
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> zeroinitializer
+  %178 = fmul <16 x float> %168, %177
+  %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %172, <16 x float> %173, <16 x float> %178)
+  store <16 x float> %179, ptr %gep79.i.3, align 4, !tbaa !8
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
-  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !20, !llvm.loop !28
-
-for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
-  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1
-  %exitcond60.not.i = icmp eq i64 %indvars.iv.next58.i, 32
-  br i1 %exitcond60.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !20
+  br i1 %exitcond.not.i.3, label %for_end_r_0.i, label %for_body_r_0.i, !prof !23, !llvm.loop !26
 
 for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
-  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_end_d_021.i ]
-  %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
-  %226 = load float, ptr %225, align 4, !tbaa !29
-  %227 = insertelement <16 x float> poison, float %226, i64 0
-  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %229 = mul nsw i64 %indvars.iv74.i, %out_head
-  %invariant.gep49.i = getelementptr i16, ptr %170, i64 %229
-  %.idx83.i = shl nuw nsw i64 %indvars.iv74.i, 11
-  %invariant.gep92.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx83.i
+  %indvars.iv65.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next66.i, %for_end_d_021.i ]
+  %180 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv65.i
+  %181 = load float, ptr %180, align 4, !tbaa !28
+  %182 = insertelement <16 x float> poison, float %181, i64 0
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> zeroinitializer
+  %184 = mul nsw i64 %indvars.iv65.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %123, i64 %184
+  %.idx74.i = shl nuw nsw i64 %indvars.iv65.i, 11
+  %invariant.gep80.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx74.i
   br label %for_body_d_020.i
 
 for_begin_r24.preheader.i:                        ; preds = %for_end_d_021.i
-  %230 = add nsw i32 %num_keys, -1
-  %231 = sitofp i32 %230 to float
-  %232 = bitcast float %231 to i32
-  %233 = ashr i32 %232, 23
-  %234 = mul nsw i64 %lse_batch, %168
-  %235 = getelementptr float, ptr %lse, i64 %234
-  %236 = tail call i32 @llvm.smax.i32(i32 %233, i32 125)
-  %237 = shl nuw nsw i32 %236, 23
-  %238 = add nuw i32 %237, 16777216
-  %239 = bitcast i32 %238 to float
+  %185 = add nsw i32 %num_keys, -1
+  %186 = sitofp i32 %185 to float
+  %187 = bitcast float %186 to i32
+  %188 = ashr i32 %187, 23
+  %189 = mul nsw i64 %lse_batch, %121
+  %190 = getelementptr float, ptr %lse, i64 %189
+  %191 = tail call i32 @llvm.smax.i32(i32 %188, i32 125)
+  %192 = shl nuw nsw i32 %191, 23
+  %193 = add nuw i32 %192, 16777216
+  %194 = bitcast i32 %193 to float
   br label %for_body_r25.i
 
 for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %for_begin_d_019.preheader.i
-  %indvars.iv70.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next71.i.3, %for_body_d_020.i ]
-  %240 = shl nuw nsw i64 %indvars.iv70.i, 4
-  %gep93.i = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %240
-  %241 = load <16 x float>, ptr %gep93.i, align 4, !tbaa !8
-  %242 = fmul <16 x float> %228, %241
-  %243 = bitcast <16 x float> %242 to <16 x i32>
-  %244 = lshr <16 x i32> %243, splat (i32 16)
-  %245 = and <16 x i32> %244, splat (i32 1)
-  %246 = add nuw <16 x i32> %243, splat (i32 32767)
-  %247 = add nuw <16 x i32> %246, %245
-  %248 = lshr <16 x i32> %247, splat (i32 16)
-  %249 = trunc nuw <16 x i32> %248 to <16 x i16>
-  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %240
-  store <16 x i16> %249, ptr %gep50.i, align 2, !tbaa !8
-  %indvars.iv.next71.i = shl i64 %indvars.iv70.i, 4
-  %250 = or disjoint i64 %indvars.iv.next71.i, 16
-  %gep93.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %250
-  %251 = load <16 x float>, ptr %gep93.i.1, align 4, !tbaa !8
-  %252 = fmul <16 x float> %228, %251
-  %253 = bitcast <16 x float> %252 to <16 x i32>
-  %254 = lshr <16 x i32> %253, splat (i32 16)
-  %255 = and <16 x i32> %254, splat (i32 1)
-  %256 = add nuw <16 x i32> %253, splat (i32 32767)
-  %257 = add nuw <16 x i32> %256, %255
-  %258 = lshr <16 x i32> %257, splat (i32 16)
-  %259 = trunc nuw <16 x i32> %258 to <16 x i16>
-  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %250
-  store <16 x i16> %259, ptr %gep50.i.1, align 2, !tbaa !8
-  %indvars.iv.next71.i.1 = shl i64 %indvars.iv70.i, 4
-  %260 = or disjoint i64 %indvars.iv.next71.i.1, 32
-  %gep93.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %260
-  %261 = load <16 x float>, ptr %gep93.i.2, align 4, !tbaa !8
-  %262 = fmul <16 x float> %228, %261
-  %263 = bitcast <16 x float> %262 to <16 x i32>
-  %264 = lshr <16 x i32> %263, splat (i32 16)
-  %265 = and <16 x i32> %264, splat (i32 1)
-  %266 = add nuw <16 x i32> %263, splat (i32 32767)
-  %267 = add nuw <16 x i32> %266, %265
-  %268 = lshr <16 x i32> %267, splat (i32 16)
-  %269 = trunc nuw <16 x i32> %268 to <16 x i16>
-  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %260
-  store <16 x i16> %269, ptr %gep50.i.2, align 2, !tbaa !8
-  %indvars.iv.next71.i.2 = shl i64 %indvars.iv70.i, 4
-  %270 = or disjoint i64 %indvars.iv.next71.i.2, 48
-  %gep93.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep92.i, i64 %270
-  %271 = load <16 x float>, ptr %gep93.i.3, align 4, !tbaa !8
-  %272 = fmul <16 x float> %228, %271
-  %273 = bitcast <16 x float> %272 to <16 x i32>
-  %274 = lshr <16 x i32> %273, splat (i32 16)
-  %275 = and <16 x i32> %274, splat (i32 1)
-  %276 = add nuw <16 x i32> %273, splat (i32 32767)
-  %277 = add nuw <16 x i32> %276, %275
-  %278 = lshr <16 x i32> %277, splat (i32 16)
-  %279 = trunc nuw <16 x i32> %278 to <16 x i16>
-  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %270
-  store <16 x i16> %279, ptr %gep50.i.3, align 2, !tbaa !8
-  %indvars.iv.next71.i.3 = add nuw nsw i64 %indvars.iv70.i, 4
-  %exitcond73.not.i.3 = icmp eq i64 %indvars.iv.next71.i.3, 32
-  br i1 %exitcond73.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !30
+  %indvars.iv61.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next62.i.3, %for_body_d_020.i ]
+  %195 = shl nuw nsw i64 %indvars.iv61.i, 4
+  %gep81.i = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %195
+  %196 = load <16 x float>, ptr %gep81.i, align 4, !tbaa !8
+  %197 = fmul <16 x float> %183, %196
+  %198 = bitcast <16 x float> %197 to <16 x i32>
+  %199 = lshr <16 x i32> %198, splat (i32 16)
+  %200 = and <16 x i32> %199, splat (i32 1)
+  %201 = add nuw <16 x i32> %198, splat (i32 32767)
+  %202 = add nuw <16 x i32> %201, %200
+  %203 = lshr <16 x i32> %202, splat (i32 16)
+  %204 = trunc nuw <16 x i32> %203 to <16 x i16>
+  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %195
+  store <16 x i16> %204, ptr %gep50.i, align 2, !tbaa !8
+  %indvars.iv.next62.i = shl i64 %indvars.iv61.i, 4
+  %205 = or disjoint i64 %indvars.iv.next62.i, 16
+  %gep81.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %205
+  %206 = load <16 x float>, ptr %gep81.i.1, align 4, !tbaa !8
+  %207 = fmul <16 x float> %183, %206
+  %208 = bitcast <16 x float> %207 to <16 x i32>
+  %209 = lshr <16 x i32> %208, splat (i32 16)
+  %210 = and <16 x i32> %209, splat (i32 1)
+  %211 = add nuw <16 x i32> %208, splat (i32 32767)
+  %212 = add nuw <16 x i32> %211, %210
+  %213 = lshr <16 x i32> %212, splat (i32 16)
+  %214 = trunc nuw <16 x i32> %213 to <16 x i16>
+  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %205
+  store <16 x i16> %214, ptr %gep50.i.1, align 2, !tbaa !8
+  %indvars.iv.next62.i.1 = shl i64 %indvars.iv61.i, 4
+  %215 = or disjoint i64 %indvars.iv.next62.i.1, 32
+  %gep81.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %215
+  %216 = load <16 x float>, ptr %gep81.i.2, align 4, !tbaa !8
+  %217 = fmul <16 x float> %183, %216
+  %218 = bitcast <16 x float> %217 to <16 x i32>
+  %219 = lshr <16 x i32> %218, splat (i32 16)
+  %220 = and <16 x i32> %219, splat (i32 1)
+  %221 = add nuw <16 x i32> %218, splat (i32 32767)
+  %222 = add nuw <16 x i32> %221, %220
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = trunc nuw <16 x i32> %223 to <16 x i16>
+  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %215
+  store <16 x i16> %224, ptr %gep50.i.2, align 2, !tbaa !8
+  %indvars.iv.next62.i.2 = shl i64 %indvars.iv61.i, 4
+  %225 = or disjoint i64 %indvars.iv.next62.i.2, 48
+  %gep81.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep80.i, i64 %225
+  %226 = load <16 x float>, ptr %gep81.i.3, align 4, !tbaa !8
+  %227 = fmul <16 x float> %183, %226
+  %228 = bitcast <16 x float> %227 to <16 x i32>
+  %229 = lshr <16 x i32> %228, splat (i32 16)
+  %230 = and <16 x i32> %229, splat (i32 1)
+  %231 = add nuw <16 x i32> %228, splat (i32 32767)
+  %232 = add nuw <16 x i32> %231, %230
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = trunc nuw <16 x i32> %233 to <16 x i16>
+  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %225
+  store <16 x i16> %234, ptr %gep50.i.3, align 2, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 32
+  br i1 %exitcond64.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !23, !llvm.loop !29
 
 for_end_d_021.i:                                  ; preds = %for_body_d_020.i
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 128
-  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 128
+  br i1 %exitcond68.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !23
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
-  %280 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
-  %281 = load float, ptr %280, align 16, !tbaa !31
-  %282 = fcmp oeq float %281, 0.000000e+00
-  br i1 %282, label %if_end30.i, label %if_else.i
+  %indvars.iv69.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next70.i.3, %if_end30.i.3 ]
+  %235 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv69.i
+  %236 = load float, ptr %235, align 16, !tbaa !30
+  %237 = fcmp oeq float %236, 0.000000e+00
+  br i1 %237, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %283 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %284 = tail call i32 %283(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %284, 0
+  %238 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %239 = tail call i32 %238(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %239, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %285 = fmul float %281, %239
-  %286 = tail call float @llvm.log.f32(float %285)
-  %287 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
-  %288 = load float, ptr %287, align 16, !tbaa !33
-  %289 = fadd float %286, %288
+  %240 = fmul float %236, %194
+  %241 = tail call float @llvm.log.f32(float %240)
+  %242 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv69.i
+  %243 = load float, ptr %242, align 16, !tbaa !32
+  %244 = fadd float %241, %243
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %290 = phi float [ %289, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %291 = getelementptr float, ptr %235, i64 %indvars.iv78.i
-  store float %290, ptr %291, align 4, !tbaa !8
-  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
-  %292 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
-  %293 = load float, ptr %292, align 4, !tbaa !31
-  %294 = fcmp oeq float %293, 0.000000e+00
-  br i1 %294, label %if_end30.i.1, label %if_else.i.1
+  %245 = phi float [ %244, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %246 = getelementptr float, ptr %190, i64 %indvars.iv69.i
+  store float %245, ptr %246, align 4, !tbaa !8
+  %indvars.iv.next70.i = or disjoint i64 %indvars.iv69.i, 1
+  %247 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i
+  %248 = load float, ptr %247, align 4, !tbaa !30
+  %249 = fcmp oeq float %248, 0.000000e+00
+  br i1 %249, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %295 = fmul float %293, %239
-  %296 = tail call float @llvm.log.f32(float %295)
-  %297 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
-  %298 = load float, ptr %297, align 4, !tbaa !33
-  %299 = fadd float %296, %298
+  %250 = fmul float %248, %194
+  %251 = tail call float @llvm.log.f32(float %250)
+  %252 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i
+  %253 = load float, ptr %252, align 4, !tbaa !32
+  %254 = fadd float %251, %253
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %300 = phi float [ %299, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %301 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i
-  store float %300, ptr %301, align 4, !tbaa !8
-  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
-  %302 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
-  %303 = load float, ptr %302, align 8, !tbaa !31
-  %304 = fcmp oeq float %303, 0.000000e+00
-  br i1 %304, label %if_end30.i.2, label %if_else.i.2
+  %255 = phi float [ %254, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %256 = getelementptr float, ptr %190, i64 %indvars.iv.next70.i
+  store float %255, ptr %256, align 4, !tbaa !8
+  %indvars.iv.next70.i.1 = or disjoint i64 %indvars.iv69.i, 2
+  %257 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.1
+  %258 = load float, ptr %257, align 8, !tbaa !30
+  %259 = fcmp oeq float %258, 0.000000e+00
+  br i1 %259, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %305 = fmul float %303, %239
-  %306 = tail call float @llvm.log.f32(float %305)
-  %307 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
-  %308 = load float, ptr %307, align 8, !tbaa !33
-  %309 = fadd float %306, %308
+  %260 = fmul float %258, %194
+  %261 = tail call float @llvm.log.f32(float %260)
+  %262 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.1
+  %263 = load float, ptr %262, align 8, !tbaa !32
+  %264 = fadd float %261, %263
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %310 = phi float [ %309, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %311 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i.1
-  store float %310, ptr %311, align 4, !tbaa !8
-  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
-  %312 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
-  %313 = load float, ptr %312, align 4, !tbaa !31
-  %314 = fcmp oeq float %313, 0.000000e+00
-  br i1 %314, label %if_end30.i.3, label %if_else.i.3
+  %265 = phi float [ %264, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %266 = getelementptr float, ptr %190, i64 %indvars.iv.next70.i.1
+  store float %265, ptr %266, align 4, !tbaa !8
+  %indvars.iv.next70.i.2 = or disjoint i64 %indvars.iv69.i, 3
+  %267 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next70.i.2
+  %268 = load float, ptr %267, align 4, !tbaa !30
+  %269 = fcmp oeq float %268, 0.000000e+00
+  br i1 %269, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %315 = fmul float %313, %239
-  %316 = tail call float @llvm.log.f32(float %315)
-  %317 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
-  %318 = load float, ptr %317, align 4, !tbaa !33
-  %319 = fadd float %316, %318
+  %270 = fmul float %268, %194
+  %271 = tail call float @llvm.log.f32(float %270)
+  %272 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next70.i.2
+  %273 = load float, ptr %272, align 4, !tbaa !32
+  %274 = fadd float %271, %273
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %320 = phi float [ %319, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %321 = getelementptr float, ptr %235, i64 %indvars.iv.next79.i.2
-  store float %320, ptr %321, align 4, !tbaa !8
-  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
-  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 128
-  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !35
+  %275 = phi float [ %274, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %276 = getelementptr float, ptr %190, i64 %indvars.iv.next70.i.2
+  store float %275, ptr %276, align 4, !tbaa !8
+  %indvars.iv.next70.i.3 = add nuw nsw i64 %indvars.iv69.i, 4
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next70.i.3, 128
+  br i1 %exitcond72.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !23, !llvm.loop !34
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -8435,7 +8398,7 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 
 !llvm.module.flags = !{!0, !1, !2}
 
-!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22,\22mattr\22:[\22+fast-dpwssd\22]}"}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22,\22mattr\22:[\22+fast-dpwssd\22],\22opt-level\22:2}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!4, !4, i64 0}
@@ -8453,21 +8416,20 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !15 = !{!"buffer9.w512.b0", !16, i64 0}
 !16 = !{!"buffer9.w1024.b0", !17, i64 0}
 !17 = !{!"buffer9", !5, i64 0}
-!18 = !{!17, !17, i64 0}
-!19 = !{!13, !13, i64 0}
-!20 = !{!"branch_weights", i32 1, i32 1048575}
-!21 = distinct !{!21, !22}
-!22 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!23 = !{!24, !24, i64 0}
-!24 = !{!"buffer10.w512.b0", !25, i64 0}
-!25 = !{!"buffer10.w1024.b0", !26, i64 0}
-!26 = !{!"buffer10", !5, i64 0}
-!27 = !{!"branch_weights", i32 127, i32 134217601}
-!28 = distinct !{!28, !22}
-!29 = !{!26, !26, i64 0}
-!30 = distinct !{!30, !22}
-!31 = !{!32, !32, i64 0}
-!32 = !{!"buffer11", !5, i64 0}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer12", !5, i64 0}
-!35 = distinct !{!35, !22}
+!18 = !{!19, !19, i64 0}
+!19 = !{!"buffer10.w512.b0", !20, i64 0}
+!20 = !{!"buffer10.w1024.b0", !21, i64 0}
+!21 = !{!"buffer10", !5, i64 0}
+!22 = !{!"branch_weights", i32 127, i32 134217601}
+!23 = !{!"branch_weights", i32 1, i32 1048575}
+!24 = !{!17, !17, i64 0}
+!25 = !{!13, !13, i64 0}
+!26 = distinct !{!26, !27}
+!27 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!28 = !{!21, !21, i64 0}
+!29 = distinct !{!29, !27}
+!30 = !{!31, !31, i64 0}
+!31 = !{!"buffer11", !5, i64 0}
+!32 = !{!33, !33, i64 0}
+!33 = !{!"buffer12", !5, i64 0}
+!34 = distinct !{!34, !27}

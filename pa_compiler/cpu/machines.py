@@ -25,7 +25,8 @@ class Machine(NamedTuple):
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
         heads_in_lanes: Rows from which on heads lie in the lanes.
         sweep_intensity: FLOPs for a byte of the caches up to which the memory is the limit.
-        sweep_rows: Rows up to which packed caches are swept.
+        sweep_rows: Rows up to which packed caches are swept, of any type or by their type, though decode could be in the
+            steps of attend, and is not then.
         sweep_bytes: Scores and probabilities of all heads and a tile of tokens in a sweep, at most.
         streams: Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each.
         paired_streams: The same where a row of the cache holds pairs of tokens.
@@ -47,7 +48,7 @@ class Machine(NamedTuple):
     kv_tile: int = 128
     heads_in_lanes: int = 16
     sweep_intensity: float = 2
-    sweep_rows: int = 1
+    sweep_rows: int | tuple[tuple[str, int], ...] = 0
     sweep_bytes: int = 1 << 18
     streams: int = 8
     paired_streams: int = 2
@@ -58,7 +59,7 @@ class Machine(NamedTuple):
     llvm_level: int = 3
 
 
-AVX2 = Machine(second_level=1 << 17)
+AVX2 = Machine(second_level=1 << 17, sweep_rows=(("float16", 1), ("bfloat16", 1)))
 """Zen 1, with 512 KB of second-level cache; and what has no AVX."""
 AVX512 = Machine(
     second_level=1 << 17,
@@ -85,7 +86,17 @@ more.
 
 
 CORES: Mapping[str, dict[str, Any]] = {
-    "znver3": {"sweep_intensity": 8, "second_level": 1 << 18, "attend_bytes": 1 << 16},
+    "znver3": {
+        "sweep_intensity": 8,
+        "sweep_rows": (
+            ("float32", 8),
+            ("float16", 2),
+            ("bfloat16", 7),
+            *((codes, 1) for codes in ("float8_e4m3fn", "float8_e5m2", "int4")),
+        ),
+        "second_level": 1 << 18,
+        "attend_bytes": 1 << 16,
+    },
 }
 """What cores have otherwise than the row of their instruction sets, by LLVM's names of them.
 
@@ -97,8 +108,7 @@ worth more than prefetches in the order of heads.
 def machine_of(target: CpuTarget, kernel: str = "decode") -> Machine:
     """The row of a target, with what it says is tuned in a kernel of choices.CHOICES."""
     tuned = dict(target.tuned.get(kernel, {}))
-    if "load_costs" in tuned:
-        tuned["load_costs"] = tuple(tuned["load_costs"])
+    tuned = {name: tuple(value) if isinstance(value, list) else value for name, value in tuned.items()}
     return row_of(target)._replace(**tuned)
 
 

@@ -58,7 +58,8 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     """Choose the tiles from the spec and the target's features alone."""
     known = basis(spec, target, pipeline)
     tiles = _strategy(known)[0].choose(known)
-    if pipeline != "fused" or not decodes_in_step(spec):
+    sweeps = tiles.sweep is not None and not spec.invariant
+    if pipeline != "fused" or sweeps or not decodes_in_step(spec):
         return tiles
     of_attend = choose_attend(spec, target)
     return dataclasses.replace(

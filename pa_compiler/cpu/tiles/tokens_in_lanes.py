@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, register_tile
+from pa_compiler.key_ranges import decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
 
 
@@ -25,15 +26,20 @@ class TokensInLanes(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> TokensInLanes:
-        """Scores of one vector of tokens, or of 1, 2 or 4 times PACKED_TOKENS."""
-        lanes, machine = basis.target.vector_lanes, basis.machine
-        whole_groups = [groups * PACKED_TOKENS // lanes for groups in (1, 2, 4)]
-        qk_rows, vectors = register_tile(
-            basis.rows, [1, *whole_groups], basis.target, basis.load_cost, 2, of_row=machine.broadcast_registers
-        )
+        """Scores of one vector of tokens, or of 1, 2 or 4 times PACKED_TOKENS.
+
+        In a sweep of as many as registers hold: so that a step reads several places, in pages of their own.
+        """
+        target, machine = basis.target, basis.machine
+        lanes = target.vector_lanes
+        sweep = basis.sweep(cls._sweep_rows(basis))
+        columns = [1, *(groups * PACKED_TOKENS // lanes for groups in (1, 2, 4))]
+        if sweep:
+            columns = [max(vectors for vectors in columns if vectors <= target.vector_sums)]
+        of_row = machine.broadcast_registers
+        qk_rows, vectors = register_tile(basis.rows, columns, target, basis.load_cost, 2, of_row=of_row)
         pv_rows, pv_dims = basis.pv_tile()
         token_group = max(vectors * lanes, PACKED_TOKENS)
-        sweep = basis.sweep(machine.sweep_rows)
         places = machine.streams if basis.values.word == 1 else machine.paired_streams
         return cls(
             **basis.common(token_group, sweep),
@@ -46,3 +52,10 @@ class TokensInLanes(CpuTiling):
             pv_dims=pv_dims,
             group_places=math.gcd(token_group, places) if sweep else 1,
         )
+
+    @staticmethod
+    def _sweep_rows(basis: Basis) -> int:
+        """Rows up to which there is a sweep: one at least where decode is not in the steps of attend anyway."""
+        of_machine = basis.machine.sweep_rows
+        rows = of_machine if isinstance(of_machine, int) else dict(of_machine).get(basis.spec.cache_dtype, 0)
+        return rows if decodes_in_step(basis.spec) else max(rows, 1)
