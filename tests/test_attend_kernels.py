@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from attend_calls import assert_close, make_call, spoil
 from attend_kernels import Kernels, this_cpu
+from specs import in_turn
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec as Spec
@@ -37,15 +38,19 @@ def test_causal_attention_is_near_float64(dtype, kv_layout):
     check(Spec(8, 2, 64, 16, dtype, kv_layout=kv_layout, out_dtype="float32"))
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 16, 17])
-@pytest.mark.parametrize(("dtype", "kv_layout"), [("float32", "packed"), ("bfloat16", "NHD")])
-def test_any_group(group, dtype, kv_layout):
+@in_turn(("group", "kind"), [1, 3, 5, 16, 17], [("float32", "packed"), ("bfloat16", "NHD")])
+def test_any_group(group, kind):
+    dtype, kv_layout = kind
     check(Spec(2 * group, 2, 16, 16, dtype, kv_layout=kv_layout))
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 36, 80, 128, 256])
-@pytest.mark.parametrize(("dtype", "kv_layout"), [("float32", "NHD"), ("bfloat16", "NHD"), ("bfloat16", "packed")])
-def test_any_head_dim(head_dim, dtype, kv_layout):
+@in_turn(
+    ("head_dim", "kind"),
+    [8, 24, 36, 80, 128, 256],
+    [("float32", "NHD"), ("bfloat16", "NHD"), ("bfloat16", "packed")],
+)
+def test_any_head_dim(head_dim, kind):
+    dtype, kv_layout = kind
     check(Spec(4, 2, head_dim, 16, dtype, kv_layout=kv_layout), [(5, 5), (20, 150)])
 
 
@@ -82,8 +87,7 @@ def test_trees(dtype, kv_layout):
     check(Spec(6, 2, 32, 16, dtype, kv_layout=kv_layout), trees=random_trees(LENS))
 
 
-@pytest.mark.parametrize("window", [1, 20, 150])
-@pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
+@in_turn(("window", "kv_layout"), [1, 20, 150], ["NHD", "packed"])
 def test_windows(window, kv_layout):
     spec = Spec(4, 2, 32, 16, "bfloat16", window=window, kv_layout=kv_layout)
     check(spec)
@@ -148,10 +152,14 @@ def test_nothing_enters_of_keys_that_a_row_does_not_see(poison, dtype, kv_layout
         assert_same_bits(got_lse[: token + 1], lse[: token + 1])
 
 
-@pytest.mark.parametrize("features", ["avx512f", "avx", ""], ids=["lanes16", "lanes8", "lanes4"])
-@pytest.mark.parametrize(("dtype", "kv_layout"), [("bfloat16", "NHD"), ("float32", "packed"), ("bfloat16", "packed")])
-def test_the_tiles_of_every_vector_width(features, dtype, kv_layout):
+@in_turn(
+    ("features", "kind"),
+    ["avx512f", "avx", ""],
+    [("bfloat16", "NHD"), ("float32", "packed"), ("bfloat16", "packed")],
+)
+def test_the_tiles_of_every_vector_width(features, kind):
     """The tiles follow another target's features; the code generator splits their vectors for this one."""
+    dtype, kv_layout = kind
     spec = Spec(6, 2, 48, 16, dtype, kv_layout=kv_layout)
     call = make_call(spec, LENS)
     cpu = dataclasses.replace(this_cpu(), features=frozenset(features.split()))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cuda_kernels import build_staged, on_device, shared
 from inputs import POISONS, make_inputs
+from specs import in_turn
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
@@ -191,8 +192,7 @@ def test_slopes(cuda_decode, slope):
     assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs))
 
 
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("base", ["mma", "fma_in_tiles", "one_cache"])
+@in_turn(("name", "base"), list(FIELDS), ["mma", "fma_in_tiles", "one_cache"])
 def test_staged(emulated, base, name):
     """The CPU's stages with a thread for a score: the same fields by other code."""
     spec = spec_of(base, FIELDS[name])

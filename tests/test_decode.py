@@ -18,6 +18,7 @@ from specs import (
     PIPELINES,
     every_pipeline,
     every_spec,
+    in_turn,
     lengths_around_the_splits,
     parametrize,
 )
@@ -25,6 +26,8 @@ from specs import SPECS as SHARED
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.machines import AVX2
 from pa_compiler.verification.cases import CASES
 
@@ -63,9 +66,7 @@ def check(module, inputs, scale=None):
     assert_close_to_oracle(module.spec, inputs, out, lse, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@every_pipeline
-@pytest.mark.parametrize("name", CASES)
+@in_turn(("name", "pipeline", "dtype"), list(CASES), PIPELINES, DTYPES)
 def test_seed_case(compiled, name, pipeline, dtype):
     _check_seed_case(compiled, name, pipeline, dtype, FEW_SEQUENCES.get(name))
 
@@ -158,6 +159,25 @@ def test_lengths_around_the_tiles(compiled, name):
     """Whole tiles may be read in another order than those that are not: every length to one and a half, and others."""
     spec, tile = SHARED[name], AVX2.kv_tile
     check(compiled(spec), make_inputs(spec, [*range(3 * tile // 2), *range(2 * tile - 9, 2 * tile + 2)]))
+
+
+SWEEPS = {"kind": "llvm", "tuned": {"decode": {"sweep_intensity": 1000.0, "sweep_rows": 1024}}}
+SWEPT = {
+    **{dtype: {"dtype": dtype} for dtype in DTYPES},
+    "window": {"dtype": "bfloat16", "window": 100, "sinks": True},
+    **{name: {"dtype": "bfloat16", "kv_dtype": name} for name in ("int8", "float8_e4m3fn")},
+    "int4": {"dtype": "float32", "kv_dtype": "int4", "kv_rotation": "none"},
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_packed_caches_swept_with_several_rows(compiled, name):
+    """Where a core gains by it: whole tiles and others, whose tokens are read in another order, and ranges."""
+    spec = PagedAttentionSpec(8, 2, 64, 32, kv_layout="packed", **SWEPT[name])
+    tiles = tiling.choose(spec, target.resolve(SWEEPS), "fused")
+    assert tiles.strategy != "tokens_in_lanes" or (tiles.sweep, tiles.group_places > 1) == ("heads", True)
+    lengths = [*range(3 * AVX2.kv_tile // 2), *lengths_around_the_splits(spec)]
+    check(compiled(spec, target=SWEEPS), make_inputs(spec, lengths))
 
 
 @pytest.mark.scorecard(9)

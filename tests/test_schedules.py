@@ -68,17 +68,16 @@ def worked_on():
 
     So the sblocks of each stay as they are, and are looked up once.
     """
-    modules = []
+    built = {}  # by all that a kernel comes from, which several CPUs have alike
     for spec, cpu, pipeline in itertools.product(ALL_SPECS, CPUS.values(), PIPELINES):
-        tiles = tiling.choose(spec, cpu, pipeline)
-        modules.append((kernels.build(spec, tiles, pipeline), tiles))
+        built[kernels.build, spec, tiling.choose(spec, cpu, pipeline), pipeline] = None
         if pipeline == "fused" or spec in (BASE, HEADS_IN_LANES):  # staged, the stages are those of decode
-            of_attend = tiling.choose_attend(spec, cpu, pipeline)
-            modules.append((kernels.build_attend(spec, of_attend, pipeline), of_attend))
+            built[kernels.build_attend, spec, tiling.choose_attend(spec, cpu, pipeline), pipeline] = None
     for spec in ALL_SPECS:
         of_attend = tiling.choose_attend(spec, BFMMLA)
         if of_attend.strategy == "blocks_in_lanes":
-            modules.append((kernels.build_attend(spec, of_attend, "fused"), of_attend))
+            built[kernels.build_attend, spec, of_attend, "fused"] = None
+    modules = [(build(spec, tiles, pipeline), tiles) for build, spec, tiles, pipeline in built]
     for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
         tiles = cuda_tiling.staged(spec)
         modules.append((cuda.build_staged(spec, tiles)[0], tiles))

@@ -25,8 +25,8 @@ class Machine(NamedTuple):
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
         heads_in_lanes: Rows from which on heads lie in the lanes.
         sweep_intensity: FLOPs for a byte of the caches up to which the memory is the limit.
-        sweep_rows: Rows up to which packed caches are swept, of any type or by their type, though decode could be in the
-            steps of attend, and is not then.
+        sweep_rows: Rows up to which packed caches are swept, of any type or by their type. Decode takes others in the
+            steps of attend, where it can.
         sweep_bytes: Scores and probabilities of all heads and a tile of tokens in a sweep, at most.
         streams: Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each.
         paired_streams: The same where a row of the cache holds pairs of tokens.
@@ -100,8 +100,8 @@ CORES: Mapping[str, dict[str, Any]] = {
 }
 """What cores have otherwise than the row of their instruction sets, by LLVM's names of them.
 
-Zen 3 (EPYC 7003) was measured by `pa-compiler tune`, whose figures are in docs/measurements.md. Its own prefetchers are
-worth more than prefetches in the order of heads.
+Zen 3 (EPYC 7003) was measured by `pa-compiler tune` and, packed, by hand; the figures are in docs/measurements.md. Its
+own prefetchers are worth more than prefetches in the order of heads, but where each row would convert keys again.
 """
 
 

@@ -42,6 +42,20 @@ def parametrize(specs):
 every_spec = parametrize(SPECS)
 
 
+def in_turn(names, *axes):
+    """Mark a test to take all combinations of some axes, most of them in `make slow` alone.
+
+    In the default run the values of the last axis take turns, one for each combination of the others: so every value of
+    every axis is there, and every pair of the others.
+    """
+    params = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        is_due = sum(places[:-1]) % len(axes[-1]) == places[-1]
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        params.append(pytest.param(*values, marks=() if is_due else pytest.mark.slow))
+    return pytest.mark.parametrize(names, params)
+
+
 def range_tokens(spec):
     """Tokens after which decode cuts a sequence into ranges, the same for every target."""
     tiles = tiling.choose(spec, target.CpuTarget('{"kind": "llvm"}', frozenset()), "fused")
