@@ -192,7 +192,7 @@ def test_slopes(cuda_decode, slope):
     assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs))
 
 
-@in_turn(("name", "base"), list(FIELDS), ["mma", "fma_in_tiles", "one_cache"])
+@in_turn(("name", "base"), FIELDS, ["mma", "fma_in_tiles", "one_cache"])
 def test_staged(emulated, base, name):
     """The CPU's stages with a thread for a score: the same fields by other code."""
     spec = spec_of(base, FIELDS[name])

@@ -48,7 +48,7 @@ def in_turn(names, *axes):
     In the default run the values of the last axis take turns, one for each combination of the others: so every value of
     every axis is there, and every pair of the others.
     """
-    params = []
+    axes, params = [list(axis) for axis in axes], []
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
         is_due = sum(places[:-1]) % len(axes[-1]) == places[-1]
         values = [axis[place] for axis, place in zip(axes, places, strict=True)]
