@@ -82,7 +82,7 @@ endif
 bench-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m benchmarks.engines_vllm $(BENCH_VLLM)
 
-# The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
+# The seed's three big cases, with 1 GB of cache, every shape of the CUDA kernels, and what grids leave out: an hour.
 slow: $(STAMP)
 	$(PYTEST) -m slow $(TESTS)
 

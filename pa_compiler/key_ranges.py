@@ -64,10 +64,11 @@ def attend_range_blocks(spec: PagedAttentionSpec) -> int:
 
 
 def decodes_in_step(spec: PagedAttentionSpec) -> bool:
-    """Whether the fused decode takes a sequence in the steps of attend, so that both give a query token the same bits.
+    """Whether the fused decode can take a sequence in the steps of attend: both give a query token the same bits then.
 
-    Of packed keys both add up products one after the other, and it costs nothing but where decode would sweep through
-    float32. What functions compute is contracted differently.
+    It does where the spec is invariant, and otherwise where cpu.tiles.choose finds no sweep. Of packed keys both add up
+    products one after the other. What functions compute is contracted differently, and one row of float32 is swept on
+    every CPU, unless the spec is invariant.
     """
     is_free = spec.group > 1 or spec.dtype != "float32"
     return spec.kv_layout == "packed" and not spec.functions and (spec.invariant or is_free)

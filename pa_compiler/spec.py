@@ -73,7 +73,7 @@ class PagedAttentionSpec(CachesOfCodes):
         inputs: The arrays that these functions take by keyword, {name: (dtype, shape)}, given to decode at each call:
             "batch" in a shape is the call's. Kept as a tuple of Input.
         invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
-            with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
+            with others of its sequence, however many. Staged, they are without it. For CPUs.
         kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn", "float8_e5m2", or
             "int4", two elements in a byte, of which the even one is in its low half. Each element then counts as often
             as a scale says, see kv_scale. None: dtype. For pipeline "fused", not with shared_kv; on GPUs not int4.

@@ -243,7 +243,8 @@ class VectorTiling(Tiling):
     def of_merge(self) -> VectorTiling:
         """Sizes for partial results, alike in every strategy: value_dim lies in order and is gone through once.
 
-        LLVM is not to unroll it: what it adds up comes from memory, and it is compiled in half of the time.
+        LLVM need not unroll it: its time goes to reading partial results, and at the second level it is compiled in
+        half of the time.
         """
         values = dataclasses.replace(self.values, word=1, halves=1, terms=1)
         return dataclasses.replace(

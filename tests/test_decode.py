@@ -165,14 +165,17 @@ SWEEPS = {"kind": "llvm", "tuned": {"decode": {"sweep_intensity": 1000.0, "sweep
 SWEPT = {
     **{dtype: {"dtype": dtype} for dtype in DTYPES},
     "window": {"dtype": "bfloat16", "window": 100, "sinks": True},
-    **{name: {"dtype": "bfloat16", "kv_dtype": name} for name in ("int8", "float8_e4m3fn")},
+    "tiles_of_2": {"dtype": "float32", "head_tile": 2, "softcap": 5.0, "alibi": True},
+    "values_of_48": {"dtype": "float16", "value_dim": 48},
+    "mask": {"dtype": "bfloat16", "mask_mod": lambda batch, head, query, key: (key < 8) | (query - key < 70)},
+    **{name: {"dtype": "bfloat16", "kv_dtype": name} for name in ("int8", "float8_e4m3fn", "float8_e5m2")},
     "int4": {"dtype": "float32", "kv_dtype": "int4", "kv_rotation": "none"},
 }
 
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_packed_caches_swept_with_several_rows(compiled, name):
-    """Where a core gains by it: whole tiles and others, whose tokens are read in another order, and ranges."""
+    """Whole and partial tiles, and sequences cut into ranges, in the order of a sweep that only some cores choose."""
     spec = PagedAttentionSpec(8, 2, 64, 32, kv_layout="packed", **SWEPT[name])
     tiles = tiling.choose(spec, target.resolve(SWEEPS), "fused")
     assert tiles.strategy != "tokens_in_lanes" or (tiles.sweep, tiles.group_places > 1) == ("heads", True)

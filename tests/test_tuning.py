@@ -190,6 +190,33 @@ def test_a_core_has_a_row_of_its_own():
     assert tiles.choose(spec, any_avx2, "fused").sweep is None
 
 
+def test_rows_up_to_which_packed_caches_are_swept():
+    """By the core and the type of the cache; an invariant spec goes in the steps of attend, by their register tiles."""
+    zen3, any_avx2 = (target.resolve({"kind": "llvm", "mcpu": mcpu}) for mcpu in ("znver3", "x86-64-v3"))
+
+    def chosen(rows, cpu, dtype, **fields):
+        spec = PagedAttentionSpec(4 * rows, 4, 128, 16, dtype, kv_layout="packed", **fields)
+        return tiles.choose(spec, cpu, "fused")
+
+    for cpu, dtype, most in (
+        (zen3, "float32", 8),
+        (zen3, "bfloat16", 7),
+        (zen3, "float16", 2),
+        (any_avx2, "float32", 1),
+        (any_avx2, "bfloat16", 1),
+    ):
+        assert [chosen(rows, cpu, dtype).sweep for rows in (1, most, most + 1)] == ["heads", "heads", None], (
+            dtype,
+            most,
+        )
+        still = {"kind": "llvm", "mcpu": json.loads(cpu.config)["mcpu"], "tuned": {"decode": {"sweep_intensity": 0.0}}}
+        stepped = chosen(most, target.resolve(still), dtype, invariant=True)
+        assert chosen(most, cpu, dtype, invariant=True) == stepped
+        assert (stepped.sweep, stepped.weight_sums > 0) == (None, True)
+    assert chosen(1, zen3, "bfloat16", kv_dtype="int4", kv_rotation="none").sweep == "heads"
+    assert chosen(1, zen3, "bfloat16", kv_dtype="int8").sweep is None
+
+
 def test_the_command(ratios):
     ratios([[1.5] * 9, [0.9] * 9])
     result = CliRunner().invoke(main, ["tune", *OPTIONS])

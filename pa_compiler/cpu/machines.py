@@ -25,8 +25,9 @@ class Machine(NamedTuple):
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
         heads_in_lanes: Rows from which on heads lie in the lanes.
         sweep_intensity: FLOPs for a byte of the caches up to which the memory is the limit.
-        sweep_rows: Rows up to which packed caches are swept, of any type or by their type. Decode takes others in the
-            steps of attend, where it can.
+        sweep_rows: The most rows of a tile for which packed caches are swept: one number for all types, or one for each
+            type of a cache, and 0 for types that are not named. With more rows decode goes in the steps of attend
+            where it can; where it cannot, one row is always swept.
         sweep_bytes: Scores and probabilities of all heads and a tile of tokens in a sweep, at most.
         streams: Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each.
         paired_streams: The same where a row of the cache holds pairs of tokens.
@@ -59,7 +60,7 @@ class Machine(NamedTuple):
     llvm_level: int = 3
 
 
-AVX2 = Machine(second_level=1 << 17, sweep_rows=(("float16", 1), ("bfloat16", 1)))
+AVX2 = Machine(second_level=1 << 17, sweep_rows=(("bfloat16", 1),))
 """Zen 1, with 512 KB of second-level cache; and what has no AVX."""
 AVX512 = Machine(
     second_level=1 << 17,
@@ -92,7 +93,8 @@ CORES: Mapping[str, dict[str, Any]] = {
             ("float32", 8),
             ("float16", 2),
             ("bfloat16", 7),
-            *((codes, 1) for codes in ("float8_e4m3fn", "float8_e5m2", "int4")),
+            ("float8_e4m3fn", 1),
+            ("int4", 1),
         ),
         "second_level": 1 << 18,
         "attend_bytes": 1 << 16,
@@ -101,7 +103,8 @@ CORES: Mapping[str, dict[str, Any]] = {
 """What cores have otherwise than the row of their instruction sets, by LLVM's names of them.
 
 Zen 3 (EPYC 7003) was measured by `pa-compiler tune` and, packed, by hand; the figures are in docs/measurements.md. Its
-own prefetchers are worth more than prefetches in the order of heads, but where each row would convert keys again.
+own prefetchers are worth more than prefetches in the order of heads, except where a sweep of packed keys converts them
+again for each row, and that costs more.
 """
 
 

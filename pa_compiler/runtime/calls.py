@@ -143,7 +143,7 @@ class Calls(SharedPrefix):
         The query tokens of a sequence are its last: of n, token i is at position context_len - n + i. Its own keys and
         values are in the cache already. What a query token gets depends on its sequence and its position, and not on
         the batch, the threads, or how a prompt was cut into chunks of two tokens or more. A single token gets what
-        decode gives, bit for bit; of packed caches, staged, and with an invariant spec that is what it gets in a chunk.
+        decode gives, bit for bit. Staged, and with an invariant spec, a token of a chunk gets the same.
 
         Args:
             query: [num_tokens, num_heads, head_dim], dtype: the query tokens of one sequence after another.

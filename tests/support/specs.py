@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -45,14 +46,16 @@ every_spec = parametrize(SPECS)
 def in_turn(names, *axes):
     """Mark a test to take all combinations of some axes, most of them in `make slow` alone.
 
-    In the default run the values of the last axis take turns, one for each combination of the others: so every value of
-    every axis is there, and every pair of the others.
+    In the default run each combination of the other axes is there once, and the values of the last axis take turns. All
+    of these are there, so that there must be as many combinations of the others.
     """
     axes, params = [list(axis) for axis in axes], []
+    assert math.prod(map(len, axes[:-1])) >= len(axes[-1])
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
         is_due = sum(places[:-1]) % len(axes[-1]) == places[-1]
         values = [axis[place] for axis, place in zip(axes, places, strict=True)]
-        params.append(pytest.param(*values, marks=() if is_due else pytest.mark.slow))
+        name = "-".join("-".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
+        params.append(pytest.param(*values, id=name, marks=() if is_due else pytest.mark.slow))
     return pytest.mark.parametrize(names, params)
 
 

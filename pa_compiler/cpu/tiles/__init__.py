@@ -58,8 +58,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     """Choose the tiles from the spec and the target's features alone."""
     known = basis(spec, target, pipeline)
     tiles = _strategy(known)[0].choose(known)
-    sweeps = tiles.sweep is not None and not spec.invariant
-    if pipeline != "fused" or sweeps or not decodes_in_step(spec):
+    if pipeline != "fused" or tiles.sweep or not decodes_in_step(spec):
         return tiles
     of_attend = choose_attend(spec, target)
     return dataclasses.replace(
@@ -67,10 +66,6 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
         kv_tile=of_attend.kv_tile,
         token_group=min(tiles.token_group, of_attend.kv_tile),
         qk_tokens=min(tiles.qk_tokens, of_attend.kv_tile),
-        sweep=None,
-        streams=1,
-        group_places=1,
-        prefetches=True,
         weight_sums=of_attend.weight_sums,
     )
 
@@ -84,7 +79,8 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     """
     if pipeline == "staged":
         return dataclasses.replace(choose(spec, target, pipeline), attends=True)
-    known = basis(spec, target, "fused", "attend")._replace(rows=ATTEND_ROWS)
+    known = basis(spec, target, "fused", "attend")
+    known = known._replace(rows=ATTEND_ROWS, machine=known.machine._replace(sweep_intensity=0))  # attend has no sweep
     if TokensInTiles.takes(known)[0]:
         in_place = TokensInTiles.choose_attend(known)
         copies = InTileRegisters.takes(known)[0] and InTileRegisters.adds_as(in_place)

@@ -28,7 +28,7 @@ class TokensInLanes(CpuTiling):
     def choose(cls, basis: Basis) -> TokensInLanes:
         """Scores of one vector of tokens, or of 1, 2 or 4 times PACKED_TOKENS.
 
-        In a sweep of as many as registers hold: so that a step reads several places, in pages of their own.
+        In a sweep it is as many vectors as registers hold, so that a step reads several places in different pages.
         """
         target, machine = basis.target, basis.machine
         lanes = target.vector_lanes
@@ -55,7 +55,9 @@ class TokensInLanes(CpuTiling):
 
     @staticmethod
     def _sweep_rows(basis: Basis) -> int:
-        """Rows up to which there is a sweep: one at least where decode is not in the steps of attend anyway."""
-        of_machine = basis.machine.sweep_rows
-        rows = of_machine if isinstance(of_machine, int) else dict(of_machine).get(basis.spec.cache_dtype, 0)
-        return rows if decodes_in_step(basis.spec) else max(rows, 1)
+        """Rows up to which there is a sweep: one at least where decode cannot be in the steps of attend."""
+        spec, of_machine = basis.spec, basis.machine.sweep_rows
+        rows = of_machine if isinstance(of_machine, int) else dict(of_machine).get(spec.cache_dtype, 0)
+        if decodes_in_step(spec):
+            return 0 if spec.invariant else rows
+        return max(rows, 1)

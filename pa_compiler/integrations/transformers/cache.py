@@ -184,7 +184,7 @@ class PagedCache(Cache):
 def layouts(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
     """The kv_layout that caches are made in, and others in which modules that are there already are as welcome.
 
-    bfloat16 is packed, where heads can be: decode reads it fastest, and prompts cost the same.
+    bfloat16 is packed, where heads can be: on most CPUs decode reads it fastest, and prompts cost the same.
     """
     return ("packed", "NHD") if dtype == torch.bfloat16 and head_dim % 2 == 0 else ("NHD", "packed")
 
