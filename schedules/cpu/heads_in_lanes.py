@@ -23,16 +23,10 @@ from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_register
 from pa_compiler.schedules.cpu.vertical import four_maxima, rows_last, sum_by_token, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
-from pa_compiler.spec import ITEMSIZES
 from pa_compiler.tiles import Element, VectorTiling, largest_divisor
 
 _LINE_WORDS = 16
 """Words of a line of the memory system: as many, and no fewer, are the work beside which its next one is fetched."""
-_LINE = 64
-"""Bytes of it."""
-_AT_ONCE = 16
-"""Lines of a token group that are fetched at once, at most. A core has some 24 lines under way from memory, and while
-it has, what it reads from its second-level cache waits too."""
 
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
@@ -61,12 +55,15 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
-    """Scores of a token group in registers."""
+    """Scores of a token group in registers.
+
+    Lines of float32 and of pairs are fetched a few at a time. A core has some 24 under way from memory, and while it
+    has, what it reads from its second-level cache waits too. What is converted has half as many, and takes longer.
+    """
     rows_last(sch, "scores")
     group, shares = _sum_scores(sch, tiling, "scores")
-    lines = tiling.qk_tokens * int(sch.get(shares[0]).extent) * tiling.qk_lanes * ITEMSIZES[tiling.keys.dtype] // _LINE
-    few = lines <= _AT_ONCE or tiling.many_tokens
-    fetch(sch, KEYS, group, shares=[] if few and tiling.keys.terms == 1 else shares)
+    spreads = tiling.keys.terms == 2 or (tiling.keys.dtype == "float32" and not tiling.many_tokens)
+    fetch(sch, KEYS, group, shares=shares if spreads else [])
 
 
 def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
