@@ -152,14 +152,10 @@ def test_nothing_enters_of_keys_that_a_row_does_not_see(poison, dtype, kv_layout
         assert_same_bits(got_lse[: token + 1], lse[: token + 1])
 
 
-@in_turn(
-    ("features", "kind"),
-    ["avx512f", "avx", ""],
-    [("bfloat16", "NHD"), ("float32", "packed"), ("bfloat16", "packed")],
-)
-def test_the_tiles_of_every_vector_width(features, kind):
+@pytest.mark.parametrize("features", ["avx512f", "avx", ""], ids=["lanes16", "lanes8", "lanes4"])
+@pytest.mark.parametrize(("dtype", "kv_layout"), [("bfloat16", "NHD"), ("float32", "packed"), ("bfloat16", "packed")])
+def test_the_tiles_of_every_vector_width(features, dtype, kv_layout):
     """The tiles follow another target's features; the code generator splits their vectors for this one."""
-    dtype, kv_layout = kind
     spec = Spec(6, 2, 48, 16, dtype, kv_layout=kv_layout)
     call = make_call(spec, LENS)
     cpu = dataclasses.replace(this_cpu(), features=frozenset(features.split()))
