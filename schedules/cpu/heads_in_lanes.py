@@ -57,13 +57,14 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers.
 
-    Lines of float32 and of pairs are fetched a few at a time. A core has some 24 under way from memory, and while it
-    has, what it reads from its second-level cache waits too. What is converted has half as many, and takes longer.
+    Lines of float32 and of pairs are fetched a few at a time, the former in decode where that was measured, on x86. A
+    core has some 24 under way from memory, and while it has, what it reads from its second-level cache waits too. What
+    is converted has half as many, and takes longer.
     """
     rows_last(sch, "scores")
     group, shares = _sum_scores(sch, tiling, "scores")
-    spreads = tiling.keys.terms == 2 or (tiling.keys.dtype == "float32" and not tiling.many_tokens)
-    fetch(sch, KEYS, group, shares=shares if spreads else [])
+    spreads = tiling.keys.dtype == "float32" and not (tiling.many_tokens or tiling.by_element)
+    fetch(sch, KEYS, group, shares=shares if spreads or tiling.keys.terms == 2 else [])
 
 
 def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
