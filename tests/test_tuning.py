@@ -205,10 +205,8 @@ def test_rows_up_to_which_packed_caches_are_swept():
         (any_avx2, "float32", 1),
         (any_avx2, "bfloat16", 1),
     ):
-        assert [chosen(rows, cpu, dtype).sweep for rows in (1, most, most + 1)] == ["heads", "heads", None], (
-            dtype,
-            most,
-        )
+        sweeps = [chosen(rows, cpu, dtype).sweep for rows in (1, most, most + 1)]
+        assert sweeps == ["heads", "heads", None], (dtype, most)
         still = {"kind": "llvm", "mcpu": json.loads(cpu.config)["mcpu"], "tuned": {"decode": {"sweep_intensity": 0.0}}}
         stepped = chosen(most, target.resolve(still), dtype, invariant=True)
         assert chosen(most, cpu, dtype, invariant=True) == stepped

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 
 from pa_compiler import PagedAttentionSpec
+from pa_compiler.score import BATCH
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
 DRAWS_VALUE_DIMS = True
@@ -23,8 +24,6 @@ MAX_WIDTH = 1 << 13
 HEAD_DIMS = (1, 7, 8, 16, 24, 32, 40, 64, 64, 80, 96, 100, 112, 128, 128, 192, 256, 509, 576)
 VALUE_DIMS = (1, 7, 8, 16, 33, 64, 100, 128, 512)
 BLOCK_SIZES = (1, 2, 5, 8, 16, 16, 32, 48, 64, 100, 128, 256)
-AXES = {"batch": "batch", "head": 0, "key": 4}
-"""Of the inputs of functions, and their extents, but that of heads, which is the spec's."""
 CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """What any CPU since 2017 runs, so that a test may call what is compiled for them."""
 
@@ -94,14 +93,14 @@ def _with_input(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAtte
     """In one of four, a function of scores that reads an input by the sequence and more, its axes in any order."""
     if rng.random() < 0.75:
         return spec
-    orders = [order for count in (1, 2, 3) for order in itertools.permutations(AXES, count) if "batch" in order]
+    extents = {"batch": BATCH, "head": spec.num_heads, "key": 4}
+    orders = [order for count in (1, 2, 3) for order in itertools.permutations(extents, count) if "batch" in order]
     axes = orders[int(rng.integers(len(orders)))]
 
     def biased(score, batch, head, query_pos, key_pos, *, bias):
-        places = {"batch": batch, "head": head, "key": key_pos % AXES["key"]}
+        places = {"batch": batch, "head": head, "key": key_pos % extents["key"]}
         return score + bias[tuple(places[axis] for axis in axes)]
 
-    extents = AXES | {"head": spec.num_heads}
     shape = tuple(extents[axis] for axis in axes)
     return dataclasses.replace(spec, score_mod=biased, inputs={"bias": ("float32", shape)})
 
